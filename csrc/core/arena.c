@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Map memory: portions of zeroed pages, allocated ahead by the control side.
+ * Pages become tables as they are, or are cut into leaves. Indices are stable
+ * for ever; freed pieces are chained through their first word.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "arena.h"
+#include "internal.h"
+
+#define PORTION_PAGES (BSU_ARENA_PORTION / BSU_MAP_PAGE)
+#define PAGE_LEAVES (BSU_MAP_PAGE / sizeof(struct bsu_leaf))
+
+struct bsu_arena *bsu_arena_new(void)
+{
+	struct bsu_arena *arena = calloc(1, sizeof(*arena));
+
+	if (arena)
+		pthread_mutex_init(&arena->lock, NULL);
+	return arena;
+}
+
+void bsu_arena_free(struct bsu_arena *arena)
+{
+	if (!arena)
+		return;
+	pthread_mutex_destroy(&arena->lock);
+	free(arena);
+}
+
+int bsu_arena_add(struct bsu_arena *arena, void *memory)
+{
+	int ret = 0;
+
+	pthread_mutex_lock(&arena->lock);
+	if (arena->portions == BSU_ARENA_PORTIONS) {
+		ret = -ENOSPC;
+	} else {
+		atomic_store_explicit(&arena->portion[arena->portions++], memory, memory_order_release);
+		arena->pages += PORTION_PAGES;
+		atomic_fetch_add_explicit(&arena->free_bytes, BSU_ARENA_PORTION, memory_order_relaxed);
+	}
+	pthread_mutex_unlock(&arena->lock);
+	return ret;
+}
+
+size_t bsu_arena_free_bytes(const struct bsu_arena *arena)
+{
+	return atomic_load_explicit(&arena->free_bytes, memory_order_relaxed);
+}
+
+size_t bsu_arena_bytes(const struct bsu_arena *arena)
+{
+	return (size_t)arena->pages * BSU_MAP_PAGE;
+}
+
+static char *page_at(const struct bsu_arena *arena, uint32_t page)
+{
+	char *portion = atomic_load_explicit(&arena->portion[page / PORTION_PAGES], memory_order_acquire);
+
+	return portion + (size_t)(page % PORTION_PAGES) * BSU_MAP_PAGE;
+}
+
+struct bsu_table *bsu_arena_table(const struct bsu_arena *arena, uint32_t index)
+{
+	return (struct bsu_table *)page_at(arena, index - 1);
+}
+
+struct bsu_leaf *bsu_arena_leaf(const struct bsu_arena *arena, uint32_t index)
+{
+	return (struct bsu_leaf *)(page_at(arena, (index - 1) / PAGE_LEAVES)) + (index - 1) % PAGE_LEAVES;
+}
+
+/* arena.lock held; index of a zeroed page plus one, 0 when there is none. */
+static uint32_t take_page(struct bsu_arena *arena)
+{
+	uint32_t index = arena->free_page;
+
+	if (index) {
+		uint32_t *page = (uint32_t *)page_at(arena, index - 1);
+
+		arena->free_page = *page;
+		memset(page, 0, BSU_MAP_PAGE);
+		return index;
+	}
+	if (arena->next_page == arena->pages)
+		return 0;
+	return ++arena->next_page;
+}
+
+uint32_t bsu_arena_new_table(struct bsu_arena *arena)
+{
+	uint32_t index;
+
+	pthread_mutex_lock(&arena->lock);
+	index = take_page(arena);
+	if (index)
+		atomic_fetch_sub_explicit(&arena->free_bytes, BSU_MAP_PAGE, memory_order_relaxed);
+	pthread_mutex_unlock(&arena->lock);
+	return index;
+}
+
+uint32_t bsu_arena_new_leaf(struct bsu_arena *arena)
+{
+	uint32_t index;
+
+	pthread_mutex_lock(&arena->lock);
+	index = arena->free_leaf;
+	if (index) {
+		struct bsu_leaf *leaf = bsu_arena_leaf(arena, index);
+
+		arena->free_leaf = *(uint32_t *)leaf;
+		memset(leaf, 0, sizeof(*leaf));
+		goto out;
+	}
+	if (!arena->leaves_left) {
+		uint32_t page = take_page(arena);
+
+		if (!page)
+			goto out;
+		arena->leaf_page = page - 1;
+		arena->leaves_left = PAGE_LEAVES;
+	}
+	index = arena->leaf_page * PAGE_LEAVES + (uint32_t)(PAGE_LEAVES - arena->leaves_left) + 1;
+	arena->leaves_left--;
+out:
+	if (index)
+		atomic_fetch_sub_explicit(&arena->free_bytes, sizeof(struct bsu_leaf), memory_order_relaxed);
+	pthread_mutex_unlock(&arena->lock);
+	return index;
+}
+
+void bsu_arena_put_table(struct bsu_arena *arena, uint32_t index)
+{
+	pthread_mutex_lock(&arena->lock);
+	*(uint32_t *)bsu_arena_table(arena, index) = arena->free_page;
+	arena->free_page = index;
+	atomic_fetch_add_explicit(&arena->free_bytes, BSU_MAP_PAGE, memory_order_relaxed);
+	pthread_mutex_unlock(&arena->lock);
+}
+
+void bsu_arena_put_leaf(struct bsu_arena *arena, uint32_t index)
+{
+	pthread_mutex_lock(&arena->lock);
+	*(uint32_t *)bsu_arena_leaf(arena, index) = arena->free_leaf;
+	arena->free_leaf = index;
+	atomic_fetch_add_explicit(&arena->free_bytes, sizeof(struct bsu_leaf), memory_order_relaxed);
+	pthread_mutex_unlock(&arena->lock);
+}

@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Preserving a run of units: read the old data from the origin, write it to
+ * the difference storage, complete the records, publish. Only then does the
+ * request that wants to overwrite the units go on. When anything fails, the
+ * images that lack the units are broken first and the request goes on as well.
+ */
+#include <string.h>
+
+#include "internal.h"
+
+static void copy_read_done(struct bsu_io *io, int res);
+static void copy_store_done(struct bsu_io *io, int res);
+
+void bsu_copy_claim(struct bsu_copy *copy, struct bsu_request *rq, struct bsu_image *image, uint64_t unit, uint32_t count, uint32_t place)
+{
+	uint64_t end = unit + count;
+
+	copy->rq = rq;
+	copy->image = image;
+	copy->unit = unit;
+	copy->count = count;
+	copy->place = place;
+	copy->given_up = false;
+	copy->slow = false;
+	copy->buf = NULL;
+	copy->nr_claims = 0;
+	memset(copy->bad, 0, sizeof(copy->bad));
+	while (unit < end) {
+		uint64_t leaf = unit / BSU_LEAF_UNITS;
+		uint64_t stop = min_u64(end, (leaf + 1) * BSU_LEAF_UNITS);
+		struct bsu_claim *claim = &copy->claim[copy->nr_claims++];
+
+		claim->storage = image->storage;
+		claim->leaf = leaf;
+		claim->mask = ~0ull >> (64 - (stop - unit)) << (unit % BSU_LEAF_UNITS);
+		bsu_claim_add(image->dev, claim);
+		unit = stop;
+	}
+}
+
+static size_t copy_bytes(const struct bsu_copy *copy)
+{
+	return (size_t)copy->count << copy->image->dev->unit_shift;
+}
+
+/* Whoever waits for the units of this copy, its own request included, looks again. */
+static void release_waiters(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_device *dev = copy->image->dev;
+	struct bsu_request *rq = copy->rq;
+	struct bsu_tasks woken = { 0 };
+	struct bsu_task *task;
+
+	pthread_mutex_lock(&dev->lock);
+	while (copy->nr_claims)
+		bsu_claim_remove(dev, &copy->claim[--copy->nr_claims], &woken);
+	pthread_mutex_unlock(&dev->lock);
+
+	copy->rq = NULL;
+	if (rq && !--rq->pending) {
+		rq->task.run = bsu_write_again;
+		bsu_task_ready(queue, &rq->task);
+	}
+	while ((task = bsu_tasks_pop(&woken)))
+		bsu_task_ready(queue, task);
+}
+
+static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_image *image = copy->image;
+	struct bsu_task *task;
+
+	if (copy->buf)
+		bsu_pool_put(queue->pool, queue, copy->buf, copy_bytes(copy));
+	release_waiters(queue, copy);
+	if (copy->older)
+		copy->older->newer = copy->newer;
+	else
+		queue->oldest = copy->newer;
+	if (copy->newer)
+		copy->newer->older = copy->older;
+	else
+		queue->newest = copy->older;
+	copy->state = BSU_COPY_FREE;
+	copy->next = queue->free_copy;
+	queue->free_copy = copy;
+	queue->busy--;
+	atomic_fetch_sub_explicit(&image->users, 1, memory_order_release);
+	task = bsu_tasks_pop(&queue->copy_waiters);
+	if (task)
+		bsu_task_ready(queue, task);
+}
+
+static void copy_break(struct bsu_queue *queue, struct bsu_copy *copy, int error)
+{
+	enum bsu_image_status status = error == -ENOSPC ? BSU_IMAGE_OVERFLOWN : BSU_IMAGE_CORRUPTED;
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&queue->dev->view), copy->image->storage);
+
+	/* A copy that was given up may end after its image has gone. */
+	for (uint32_t i = 0; chain && i < copy->count; i++)
+		bsu_chain_break(queue, chain, copy->unit + i, status, error);
+}
+
+static void copy_read(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_device *dev = queue->dev;
+	uint64_t unit = copy->unit + (copy->slow ? copy->reading : 0);
+	uint64_t count = copy->slow ? 1 : copy->count;
+
+	copy->state = BSU_COPY_READ;
+	copy->io = (struct bsu_io) {
+		.file = dev->origin,
+		.offset = unit << dev->unit_shift,
+		.length = bsu_units_bytes(dev, unit, count),
+		.buf = (char *)copy->buf + ((unit - copy->unit) << dev->unit_shift),
+		.op = BSU_OP_READ,
+		.done = copy_read_done,
+	};
+	bsu_submit(queue, &copy->io);
+}
+
+static void copy_granted(struct bsu_task *task)
+{
+	struct bsu_copy *copy = container_of(task, struct bsu_copy, task);
+	struct bsu_queue *queue = task->queue;
+	uint64_t bytes = bsu_units_bytes(queue->dev, copy->unit, copy->count);
+
+	copy->buf = task->grant;
+	if (copy->given_up) {
+		bsu_storage_return(copy->image->storage, copy->place, copy->count);
+		copy_end(queue, copy);
+		return;
+	}
+	/* The last unit of a device may be short; its place is not. */
+	memset((char *)copy->buf + bytes, 0, copy_bytes(copy) - bytes);
+	copy_read(queue, copy);
+}
+
+void bsu_copy_start(struct bsu_copy *copy)
+{
+	struct bsu_queue *queue = copy->task.queue;
+
+	copy->state = BSU_COPY_BUFFER;
+	copy->limit = bsu_now(queue) + queue->dev->copy_limit_ns;
+	copy->newer = NULL;
+	copy->older = queue->newest;
+	if (queue->newest)
+		queue->newest->newer = copy;
+	else
+		queue->oldest = copy;
+	queue->newest = copy;
+	queue->busy++;
+	queue->counters.copies++;
+	atomic_fetch_add_explicit(&copy->image->users, 1, memory_order_relaxed);
+	copy->task.run = copy_granted;
+	copy->task.grant = bsu_pool_get(queue->pool, BSU_POOL_STORAGE, copy_bytes(copy), &copy->task);
+	if (copy->task.grant)
+		copy_granted(&copy->task);
+}
+
+static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_storage *storage = copy->image->storage;
+	const struct bsu_area *area = bsu_storage_area(storage, copy->place);
+	struct bsu_record *record = &area->records[copy->place - area->first];
+	uint32_t unit_bytes = storage->unit;
+
+	for (uint32_t i = 0; i < copy->count; i++) {
+		const char *data = (const char *)copy->buf + (size_t)i * unit_bytes;
+
+		bsu_record_set(&record[i], copy->image->serial, copy->unit + i, bsu_crc32c(0, data, unit_bytes));
+	}
+	for (uint32_t i = 0; i < copy->count; i++) {
+		bool bad = copy->bad[i / 64] >> (i % 64) & 1;
+
+		bsu_map_publish(copy->image, copy->unit + i, bad ? BSU_SLOT_BAD : copy->place + i + 1);
+	}
+	atomic_fetch_add_explicit(&copy->image->state->preserved, copy->count, memory_order_relaxed);
+	queue->counters.copied += copy_bytes(copy);
+	/* Readers must see the slots before the origin write that follows can reach the disk. */
+	atomic_thread_fence(memory_order_seq_cst);
+}
+
+static void copy_store(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_storage *storage = copy->image->storage;
+	const struct bsu_area *area = bsu_storage_area(storage, copy->place);
+
+	copy->state = BSU_COPY_STORE;
+	copy->io = (struct bsu_io) {
+		.file = area->file,
+		.offset = bsu_storage_offset(storage, area, copy->place),
+		.length = copy_bytes(copy),
+		.buf = copy->buf,
+		.op = BSU_OP_WRITE,
+		.done = copy_store_done,
+	};
+	if (MUTANT(BSU_MUTANT_PUBLISH_EARLY)) {
+		copy_publish(queue, copy);
+		release_waiters(queue, copy);
+	}
+	bsu_submit(queue, &copy->io);
+}
+
+static void copy_read_done(struct bsu_io *io, int res)
+{
+	struct bsu_copy *copy = container_of(io, struct bsu_copy, io);
+	struct bsu_queue *queue = io->queue;
+
+	if (copy->given_up) {
+		bsu_storage_return(copy->image->storage, copy->place, copy->count);
+		copy_end(queue, copy);
+		return;
+	}
+	if (res && !copy->slow && copy->count > 1) {
+		copy->slow = true;
+		copy->reading = 0;
+		copy_read(queue, copy);
+		return;
+	}
+	if (res) {
+		uint32_t at = copy->slow ? copy->reading : 0;
+
+		copy->bad[at / 64] |= 1ull << (at % 64);
+		memset((char *)copy->buf + ((size_t)at << queue->dev->unit_shift), 0, queue->dev->unit);
+	}
+	if (copy->slow && ++copy->reading < copy->count) {
+		copy_read(queue, copy);
+		return;
+	}
+	copy_store(queue, copy);
+}
+
+static void copy_store_done(struct bsu_io *io, int res)
+{
+	struct bsu_copy *copy = container_of(io, struct bsu_copy, io);
+	struct bsu_queue *queue = io->queue;
+
+	if (copy->given_up || res) {
+		if (res && !copy->given_up)
+			copy_break(queue, copy, res);
+		bsu_storage_return(copy->image->storage, copy->place, copy->count);
+	} else {
+		copy_publish(queue, copy);
+	}
+	copy_end(queue, copy);
+}
+
+/*
+ * The limit of a copy has passed: the images are broken, the writers go on,
+ * and what is left of the copy only frees when its I/O ends.
+ */
+static void give_up(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	copy->given_up = true;
+	copy_break(queue, copy, -ETIMEDOUT);
+	if (copy->state == BSU_COPY_BUFFER && bsu_pool_forget(queue->pool, &copy->task)) {
+		bsu_storage_return(copy->image->storage, copy->place, copy->count);
+		copy_end(queue, copy);
+		return;
+	}
+	release_waiters(queue, copy);
+}
+
+void bsu_copies_tick(struct bsu_queue *queue, uint64_t now)
+{
+	struct bsu_copy *copy = queue->oldest, *newer;
+
+	for (; copy && copy->limit <= now; copy = newer) {
+		newer = copy->newer;
+		if (!copy->given_up)
+			give_up(queue, copy);
+	}
+}

@@ -1,0 +1,280 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The sans-I/O core: what happens to a request between its arrival and its
+ * completion. The core never makes a system call. Requests and I/O completions
+ * go in through the bsu_queue_*() calls, I/O to submit and requests to complete
+ * come out through struct bsu_queue_ops. The same code runs in ublk queue
+ * threads, on the local transport and under the simulator.
+ *
+ * Threads: each bsu_queue belongs to one thread, which alone may make the
+ * bsu_queue_*() calls on it. Everything else is called from one control thread
+ * at a time, concurrently with the queues.
+ *
+ * All offsets and lengths are bytes unless a name says otherwise; errors are
+ * negative errno values.
+ */
+#ifndef BSU_CORE_H
+#define BSU_CORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct bsu_arena;
+struct bsu_device;
+struct bsu_file;
+struct bsu_image;
+struct bsu_pool;
+struct bsu_queue;
+struct bsu_storage;
+struct bsu_task;
+
+/* Values are those of UBLK_IO_OP_*. */
+enum bsu_op {
+	BSU_OP_READ = 0,
+	BSU_OP_WRITE = 1,
+	BSU_OP_FLUSH = 2,
+	BSU_OP_DISCARD = 3,
+	BSU_OP_WRITE_ZEROES = 5,
+};
+
+enum {
+	BSU_FUA = 1,		/* on stable media before completion */
+	BSU_NOUNMAP = 2,	/* write zeroes without giving up the space */
+	BSU_NEED_COPY = 4,	/* this request's pages cannot be used in place */
+};
+
+/* A piece of work that a queue runs later: woken waiters, grants of memory. */
+struct bsu_task {
+	struct bsu_task *next;
+	struct bsu_queue *queue;
+	void (*run)(struct bsu_task *task);
+	void *grant;		/* pool memory that was waited for */
+	size_t want;
+};
+
+/*
+ * One I/O the core wants done. It belongs to the core and stays in place until
+ * bsu_queue_io_done(). Data is at @buf, or, when @buf is NULL, in the pages of
+ * @rq from @rq_offset on (the executor maps that to its fixed buffer).
+ */
+struct bsu_io {
+	struct bsu_file *file;
+	uint64_t offset;
+	uint64_t length;
+	void *buf;
+	struct bsu_request *rq;
+	uint64_t rq_offset;
+	uint8_t op;		/* enum bsu_op */
+	uint8_t flags;		/* BSU_FUA, BSU_NOUNMAP */
+
+	/* the executor's own, for instance the next pointer of a backlog */
+	uint64_t cookie;
+	struct bsu_io *next;
+
+	/* the core's own */
+	struct bsu_queue *queue;
+	void (*done)(struct bsu_io *io, int res);
+	uint64_t total;
+	unsigned int retries;
+};
+
+/*
+ * One request. The transport owns the memory (one per tag), fills in the first
+ * block and hands it over with bsu_queue_request(); until ops->complete() it
+ * is the core's.
+ */
+struct bsu_request {
+	uint64_t start;
+	uint64_t length;	/* 0 for a flush */
+	uint32_t tag;
+	uint8_t op;		/* enum bsu_op */
+	uint8_t flags;
+
+	/* the core's own */
+	uint8_t state;
+	bool in_gate;		/* counted as a write in flight */
+	int result;
+	unsigned int pending;	/* copies or segments under way */
+	uint64_t cursor;	/* how far a read or a discard has been planned */
+	uint64_t waiting_since;
+	void *buf;
+	struct bsu_task task;
+	struct bsu_io io;
+};
+
+struct bsu_queue_ops {
+	/* Start @io; its completion must not be reported from inside this call. */
+	void (*submit)(void *ctx, struct bsu_io *io);
+	/* @res: bytes for READ and WRITE, 0 for the rest, or a negative errno. */
+	void (*complete)(void *ctx, struct bsu_request *rq, int res);
+	/* Copy a request's data to or from memory. 0 or a negative errno. */
+	int (*copy_from_request)(void *ctx, struct bsu_request *rq, uint64_t offset, void *to, size_t length);
+	int (*copy_to_request)(void *ctx, struct bsu_request *rq, uint64_t offset, const void *from, size_t length);
+	/* Any thread: let the queue's own thread call bsu_queue_run() soon. */
+	void (*wake)(void *ctx);
+	/* Any thread: something changed that the control side wants to know. */
+	void (*notify)(void *ctx);
+	/* Monotonic clock in ns. */
+	uint64_t (*now)(void *ctx);
+};
+
+/* ---- buffers: one pool for each thread, shared by the queues on it ---- */
+
+#define BSU_POOL_PAGE 4096u
+
+/* @memory: page aligned, @bytes a multiple of BSU_POOL_PAGE; stays the caller's. */
+struct bsu_pool *bsu_pool_new(void *memory, size_t bytes);
+void bsu_pool_free(struct bsu_pool *pool);
+/* Bytes handed out at the moment; 0 when the thread is idle. */
+size_t bsu_pool_used(const struct bsu_pool *pool);
+
+/* ---- map memory: 4 KiB pages for tables and leaves of all maps ---- */
+
+#define BSU_MAP_PAGE 4096u
+#define BSU_ARENA_PORTION (16u << 20)
+
+struct bsu_arena *bsu_arena_new(void);
+void bsu_arena_free(struct bsu_arena *arena);
+/* Add a portion of exactly BSU_ARENA_PORTION zeroed bytes, allocated ahead. */
+int bsu_arena_add(struct bsu_arena *arena, void *memory);
+size_t bsu_arena_free_bytes(const struct bsu_arena *arena);
+size_t bsu_arena_bytes(const struct bsu_arena *arena);
+
+/* ---- difference storage ---- */
+
+struct bsu_storage_config {
+	uint32_t unit;			/* bytes */
+	void *state;			/* struct bsu_storage_state, zeroed, shared */
+};
+
+struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int *err);
+void bsu_storage_free(struct bsu_storage *storage);
+/*
+ * Append an area. @records: bsu_storage_records_bytes() zeroed bytes of shared
+ * memory. -EINVAL when it is smaller than a unit, -ENOSPC when there is no
+ * room for another area or place.
+ */
+int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records);
+size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t length);
+uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
+uint64_t bsu_storage_used(const struct bsu_storage *storage);
+uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);
+
+/* ---- devices ---- */
+
+struct bsu_device_config {
+	uint64_t size;
+	uint32_t block;			/* logical block, bytes */
+	uint32_t unit;			/* bytes, power of two, >= block */
+	uint32_t tracking_block;	/* bytes, power of two, >= unit; 0: no tracking */
+	struct bsu_file *origin;	/* NULL: a null device */
+	void *bitmap;			/* active bitmap, shared, whole pages */
+	void *swallowed;		/* one bit a tracking block, shared, or NULL */
+	uint64_t copy_limit_ns;		/* 0: 30 s */
+};
+
+struct bsu_device *bsu_device_new(const struct bsu_device_config *config, int *err);
+/* -EBUSY while it has queues or images. */
+int bsu_device_free(struct bsu_device *dev);
+
+/*
+ * The gate. Closed, it parks writes, discards and write-zeroes that arrive;
+ * drained, none that passed it is still in flight. Reads and flushes go on.
+ */
+void bsu_gate_close(struct bsu_device *dev);
+bool bsu_gate_drained(struct bsu_device *dev);
+void bsu_gate_open(struct bsu_device *dev);
+
+/*
+ * Changes of the set of images, in four steps: prepare (may fail, changes
+ * nothing), switch (gate closed and drained, cannot fail, constant time), wait
+ * until bsu_grace_passed(), finish (frees what the old set alone referred to).
+ * @bitmap: the zeroed active bitmap of the interval that begins, or NULL to
+ * leave the active bitmap alone (images that go). One change at a time.
+ */
+int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
+int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
+void bsu_prepare_cancel(struct bsu_device *dev);
+void bsu_switch(struct bsu_device *dev, void *bitmap);
+bool bsu_grace_passed(struct bsu_device *dev);
+void bsu_switch_finish(struct bsu_device *dev);
+
+/* Force blocks into the next increment; passes the gate by itself: call it
+ * with the gate open, it returns -EAGAIN while the gate is closed. */
+int bsu_device_mark(struct bsu_device *dev, uint64_t start, uint64_t length);
+
+/*
+ * Trims that were swallowed while a snapshot was held. With the gate closed
+ * and drained and no image left: takes the next run out of the list and marks
+ * it as changed; the caller sends it to the origin before the gate opens.
+ * Returns false when none is left.
+ */
+bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length);
+
+/* ---- images ---- */
+
+enum bsu_image_status {
+	BSU_IMAGE_ACTIVE = 1,
+	BSU_IMAGE_OVERFLOWN = 2,
+	BSU_IMAGE_CORRUPTED = 3,
+	BSU_IMAGE_GONE = 4,
+};
+
+struct bsu_image_config {
+	struct bsu_device *device;
+	struct bsu_storage *storage;
+	struct bsu_arena *arena;
+	void *state;			/* bsu_image_state_bytes(), zeroed, shared */
+	uint32_t serial;		/* names the map in the records, 1..2^24-1 */
+};
+
+size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit);
+struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err);
+/* -EBUSY while a view, a queue or an I/O in flight refers to it. */
+int bsu_image_free(struct bsu_image *image);
+/* Active to broken; the first reason stays. Any thread. */
+void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error);
+enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error);
+uint64_t bsu_image_preserved(const struct bsu_image *image);
+bool bsu_image_idle(const struct bsu_image *image);
+
+/* ---- queues ---- */
+
+struct bsu_queue_config {
+	struct bsu_device *device;	/* serve a device (filtered, loop, null) … */
+	struct bsu_image *image;	/* … or an image: exactly one of the two */
+	struct bsu_pool *pool;
+	const struct bsu_queue_ops *ops;
+	void *ctx;
+	unsigned int depth;		/* requests at once */
+	bool zero_copy;			/* request pages can be used in I/O */
+};
+
+struct bsu_queue *bsu_queue_new(const struct bsu_queue_config *config, int *err);
+/* Only when idle: -EBUSY otherwise. */
+int bsu_queue_free(struct bsu_queue *queue);
+bool bsu_queue_idle(const struct bsu_queue *queue);
+
+void bsu_queue_request(struct bsu_queue *queue, struct bsu_request *rq);
+/* @res: bytes done (short counts are continued here) or a negative errno. */
+void bsu_queue_io_done(struct bsu_queue *queue, struct bsu_io *io, int res);
+/* Run what others handed to this queue; call it after ops->wake(). */
+void bsu_queue_run(struct bsu_queue *queue);
+/* Call it about once a second: limits on waiting are kept here. */
+void bsu_queue_tick(struct bsu_queue *queue);
+
+/* Counters of a queue since its start, for status and benchmarks. */
+struct bsu_queue_counters {
+	uint64_t reads, writes, discards;	/* requests */
+	uint64_t copies;			/* copies begun */
+	uint64_t copied;			/* bytes preserved */
+	uint64_t waits;				/* requests that waited for a claim */
+	uint64_t parked;			/* requests that waited at the gate */
+	uint64_t rereads;			/* image reads done again */
+};
+void bsu_queue_counters(const struct bsu_queue *queue, struct bsu_queue_counters *out);
+
+uint32_t bsu_crc32c(uint32_t crc, const void *data, size_t length);
+
+#endif

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: MIT */
+/* An image: one member of a snapshot, its map and whether it can be trusted. */
+#include <stdlib.h>
+
+#include "internal.h"
+
+static uint64_t directory_entries(uint64_t device_size, uint32_t unit)
+{
+	uint64_t units = (device_size + unit - 1) / unit;
+
+	return (units + BSU_TABLE_UNITS - 1) / BSU_TABLE_UNITS;
+}
+
+size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit)
+{
+	size_t bytes = BSU_IMAGE_HEADER + (size_t)directory_entries(device_size, unit) * sizeof(uint32_t);
+
+	return (bytes + BSU_MAP_PAGE - 1) / BSU_MAP_PAGE * BSU_MAP_PAGE;
+}
+
+struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
+{
+	struct bsu_image_state *state = config->state;
+	struct bsu_device *dev = config->device;
+	struct bsu_image *image;
+
+	*err = -EINVAL;
+	if (!dev || !config->storage || !config->arena || !state)
+		return NULL;
+	if (config->storage->unit != dev->unit || !config->serial || config->serial >= 1u << 24)
+		return NULL;
+	*err = -ENOMEM;
+	image = calloc(1, sizeof(*image));
+	if (!image)
+		return NULL;
+	pthread_mutex_init(&image->map_lock, NULL);
+	image->dev = dev;
+	image->storage = config->storage;
+	image->arena = config->arena;
+	image->state = state;
+	image->directory = (_Atomic uint32_t *)((char *)state + BSU_IMAGE_HEADER);
+	image->serial = config->serial;
+	state->magic = BSU_IMAGE_MAGIC;
+	state->version = BSU_STATE_VERSION;
+	state->size = dev->size;
+	state->unit = dev->unit;
+	state->serial = config->serial;
+	state->directory_entries = directory_entries(dev->size, dev->unit);
+	atomic_store(&state->status, BSU_IMAGE_ACTIVE);
+	atomic_fetch_add(&dev->images, 1);
+	atomic_fetch_add(&image->storage->users, 1);
+	*err = 0;
+	return image;
+}
+
+bool bsu_image_idle(const struct bsu_image *image)
+{
+	return !atomic_load(&image->users);
+}
+
+int bsu_image_free(struct bsu_image *image)
+{
+	if (!image)
+		return 0;
+	if (atomic_load(&image->taken) || !bsu_image_idle(image) || image->dev->changing == image)
+		return -EBUSY;
+	bsu_map_clear(image);
+	atomic_fetch_sub(&image->storage->users, 1);
+	atomic_fetch_sub(&image->dev->images, 1);
+	pthread_mutex_destroy(&image->map_lock);
+	free(image);
+	return 0;
+}
+
+void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error)
+{
+	struct bsu_image_state *state = image->state;
+	uint32_t expected = BSU_IMAGE_ACTIVE;
+	int32_t none = 0;
+
+	/* The reason is complete before anybody can see the image broken. */
+	if (atomic_load(&state->status) != BSU_IMAGE_ACTIVE)
+		return;
+	atomic_compare_exchange_strong(&state->error, &none, error < 0 ? -error : error);
+	atomic_compare_exchange_strong(&state->status, &expected, status);
+}
+
+enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error)
+{
+	enum bsu_image_status status = atomic_load_explicit(&image->state->status, memory_order_acquire);
+
+	if (error)
+		*error = status == BSU_IMAGE_ACTIVE ? 0 : atomic_load(&image->state->error);
+	return status;
+}
+
+uint64_t bsu_image_preserved(const struct bsu_image *image)
+{
+	return atomic_load_explicit(&image->state->preserved, memory_order_relaxed) * image->dev->unit;
+}

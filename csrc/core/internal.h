@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the files of the core share.
+ *
+ * Lock order: device.lock -> storage.lock -> arena.lock. A queue's inbox is
+ * lock-free. Map lookups take no lock. Nothing is called out of the core
+ * (ops->*) with a lock held, except ops->wake and ops->notify, which only
+ * write to an eventfd or the like.
+ */
+#ifndef BSU_INTERNAL_H
+#define BSU_INTERNAL_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "core.h"
+#include "mutant.h"
+#include "state.h"
+
+#define NS_PER_S 1000000000ull
+#define BSU_COPY_UNITS 256u		/* the most one copy covers: 1 MiB at 4 KiB units */
+#define BSU_COPY_BYTES (1u << 20)
+#define BSU_COPY_CLAIMS (BSU_COPY_UNITS / BSU_LEAF_UNITS + 1)
+#define BSU_CLAIM_BUCKETS 256u
+#define BSU_IO_RETRIES 1000u		/* EAGAIN and EINTR in a row, without progress */
+#define BSU_ARENA_PORTIONS 1024u
+#define BSU_AREAS_MAX 4096u
+#define BSU_MAP_WAIT_NS (5 * NS_PER_S)	/* for map memory that control adds */
+#define BSU_COPY_LIMIT_NS (30 * NS_PER_S)
+
+#define container_of(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static inline uint64_t max_u64(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+/* ---- task.c: lists of tasks ---- */
+
+struct bsu_tasks {
+	struct bsu_task *first;
+	struct bsu_task *last;
+};
+
+void bsu_tasks_push(struct bsu_tasks *list, struct bsu_task *task);
+struct bsu_task *bsu_tasks_pop(struct bsu_tasks *list);
+bool bsu_tasks_remove(struct bsu_tasks *list, struct bsu_task *task);
+/* Let @task run on its own queue; @self is the queue we are on, or NULL. */
+void bsu_task_ready(struct bsu_queue *self, struct bsu_task *task);
+
+/* ---- bitmap.c: arrays of 64-bit words shared with numpy ---- */
+
+void bsu_bits_set(_Atomic uint64_t *bits, uint64_t first, uint64_t last);
+void bsu_bits_clear(_Atomic uint64_t *bits, uint64_t first, uint64_t last);
+/* First set bit at or after @from and before @end; @end if there is none. */
+uint64_t bsu_bits_next(const _Atomic uint64_t *bits, uint64_t from, uint64_t end);
+uint64_t bsu_bits_next_clear(const _Atomic uint64_t *bits, uint64_t from, uint64_t end);
+
+/* ---- pool.c ---- */
+
+/* What the holder of a buffer waits for; each kind has half of the pool. */
+enum bsu_pool_kind {
+	BSU_POOL_ORIGIN = 0,		/* I/O to the origin only */
+	BSU_POOL_STORAGE = 1,		/* also to the difference storage, which may be silent */
+};
+
+/* NULL: @task is queued and will run with task->grant set. */
+void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, size_t bytes, struct bsu_task *task);
+/* The largest request that can ever be granted. */
+size_t bsu_pool_largest(const struct bsu_pool *pool);
+void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, void *memory, size_t bytes);
+bool bsu_pool_forget(struct bsu_pool *pool, struct bsu_task *task);
+
+/* ---- map.c ---- */
+
+struct bsu_arena {
+	pthread_mutex_t lock;
+	_Atomic(char *) portion[BSU_ARENA_PORTIONS];
+	unsigned int portions;
+	uint32_t next_page;
+	uint32_t pages;
+	uint32_t leaf_page;		/* page that leaves are cut from, and how many are left */
+	unsigned int leaves_left;
+	uint32_t free_page;		/* chains of freed pages and leaves: index plus one */
+	uint32_t free_leaf;
+	_Atomic uint64_t free_bytes;
+};
+
+/* Slot of @unit in the map of @image: 0, a place plus one, or BSU_SLOT_BAD. */
+uint32_t bsu_map_get(const struct bsu_image *image, uint64_t unit);
+/* Units from @unit on that certainly have no slot: 0, or up to the end of an absent leaf or table. */
+uint64_t bsu_map_absent(const struct bsu_image *image, uint64_t unit);
+/* Makes the leaves for [first, first+count) exist; -ENOMEM when map memory is used up. */
+int bsu_map_reserve(struct bsu_image *image, uint64_t first, uint64_t count);
+void bsu_map_publish(struct bsu_image *image, uint64_t unit, uint32_t slot);
+void bsu_map_clear(struct bsu_image *image);
+
+/* ---- storage.c ---- */
+
+struct bsu_area {
+	struct bsu_file *file;
+	uint64_t offset;		/* bytes */
+	uint32_t first;			/* place */
+	uint32_t count;
+	struct bsu_record *records;
+};
+
+struct bsu_storage {
+	pthread_mutex_t lock;
+	uint32_t unit;
+	struct bsu_storage_state *state;
+	_Atomic unsigned int nr_areas;
+	_Atomic int users;		/* images */
+	struct bsu_area area[BSU_AREAS_MAX];
+};
+
+/* Up to @want places in a row of one area. Returns how many, 0 when full. */
+uint32_t bsu_storage_give(struct bsu_storage *storage, uint32_t want, uint32_t *first);
+/* Places that were given out and never published. */
+void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count);
+const struct bsu_area *bsu_storage_area(const struct bsu_storage *storage, uint32_t place);
+uint64_t bsu_storage_offset(const struct bsu_storage *storage, const struct bsu_area *area, uint32_t place);
+void bsu_record_set(struct bsu_record *record, uint32_t serial, uint64_t unit, uint32_t data_crc);
+/* Whether @data is what the record says was preserved for @unit. */
+bool bsu_record_holds(const struct bsu_record *record, uint64_t unit, const void *data, uint32_t length);
+
+/* ---- device.c, switch.c ---- */
+
+/*
+ * The held snapshots of a device that share a storage, oldest to newest. A
+ * view, the set of chains of a device, is never altered: a switch replaces it.
+ */
+struct bsu_chain {
+	struct bsu_storage *storage;
+	unsigned int nr_images;
+	struct bsu_image **image;
+};
+
+struct bsu_view {
+	unsigned int nr_chains;
+	unsigned int nr_images;
+	struct bsu_chain chain[];
+};
+
+struct bsu_claim {
+	struct bsu_claim *next;		/* in the bucket */
+	const struct bsu_storage *storage;
+	uint64_t leaf;			/* unit / BSU_LEAF_UNITS */
+	uint64_t mask;			/* units of that leaf */
+	struct bsu_tasks waiters;
+};
+
+struct bsu_device {
+	uint64_t size;
+	uint32_t block;
+	uint32_t unit;
+	unsigned int unit_shift;
+	uint32_t tracking_block;
+	unsigned int tracking_shift;
+	struct bsu_file *origin;
+	unsigned int copy_units;	/* the most one copy or one storage read covers */
+	uint64_t copy_limit_ns;
+	_Atomic(_Atomic uint64_t *) bitmap;
+	_Atomic uint64_t *swallowed;
+	_Atomic bool any_swallowed;
+
+	_Atomic bool gate_closed;
+	_Atomic(struct bsu_view *) view;
+	struct bsu_view *next_view;
+	struct bsu_view *old_view;
+	struct bsu_image *changing;	/* the image that next_view adds or leaves out */
+	_Atomic int images;
+
+	pthread_mutex_t lock;		/* queues, claims */
+	struct bsu_queue *queues;	/* of the device and of its images */
+	struct bsu_claim *claim[BSU_CLAIM_BUCKETS];
+};
+
+struct bsu_image {
+	struct bsu_device *dev;
+	struct bsu_storage *storage;
+	struct bsu_arena *arena;
+	struct bsu_image_state *state;
+	_Atomic uint32_t *directory;
+	uint32_t serial;
+	pthread_mutex_t map_lock;	/* who adds leaves; leaf lock, inside device.lock */
+	_Atomic bool taken;
+	_Atomic int users;		/* queues, and I/O in flight that may use its map */
+};
+
+static inline uint64_t bsu_device_units(const struct bsu_device *dev)
+{
+	return (dev->size + dev->unit - 1) >> dev->unit_shift;
+}
+
+/* Bytes of @count units from @unit on that lie on the device. */
+static inline uint64_t bsu_units_bytes(const struct bsu_device *dev, uint64_t unit, uint64_t count)
+{
+	return min_u64((unit + count) << dev->unit_shift, dev->size) - (unit << dev->unit_shift);
+}
+
+void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t length);
+void bsu_device_swallow(struct bsu_device *dev, uint64_t start, uint64_t length);
+void bsu_device_unswallow(struct bsu_device *dev, uint64_t start, uint64_t length);
+
+/* ---- chain.c: what the images of a chain have ---- */
+
+/* Slot that @chain->image[k] reads @unit from, 0 for the origin. */
+uint32_t bsu_chain_slot(const struct bsu_chain *chain, unsigned int k, uint64_t unit);
+/* Index of the newest image that is not broken; -1 when all are. */
+int bsu_chain_newest(const struct bsu_chain *chain);
+/* Units from @unit on, at most @max, that all lack or all have a slot as image k sees them. */
+uint64_t bsu_chain_run(const struct bsu_chain *chain, unsigned int k, uint64_t unit, uint64_t max, bool *has);
+/* Break every image of the chain that does not have @unit. */
+void bsu_chain_break(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t unit, enum bsu_image_status status, int error);
+const struct bsu_chain *bsu_view_chain(const struct bsu_view *view, const struct bsu_storage *storage);
+
+/* ---- claim.c (device.lock held) ---- */
+
+/* Units of the leaf that somebody preserves at the moment. */
+uint64_t bsu_claimed(struct bsu_device *dev, const struct bsu_storage *storage, uint64_t leaf, uint64_t mask, struct bsu_claim **conflict);
+void bsu_claim_add(struct bsu_device *dev, struct bsu_claim *claim);
+/* Takes the claim out; its waiters are moved to @woken. */
+void bsu_claim_remove(struct bsu_device *dev, struct bsu_claim *claim, struct bsu_tasks *woken);
+
+/* ---- copy.c: preserving ---- */
+
+/*
+ *   FREE -> BUFFER (waits for pool memory) -> READ -> STORE -> FREE
+ *                       |                      |        |
+ *                       +---- limit passed: GIVEN_UP until the I/O ends -> FREE
+ *
+ * READ has a slow form, one unit at a time, after a read error of several.
+ */
+enum bsu_copy_state {
+	BSU_COPY_FREE = 0,
+	BSU_COPY_BUFFER,
+	BSU_COPY_READ,
+	BSU_COPY_STORE,
+};
+
+struct bsu_copy {
+	struct bsu_copy *next;		/* free list */
+	struct bsu_copy *older, *newer;	/* copies under way, by age */
+	enum bsu_copy_state state;
+	bool given_up;
+	struct bsu_request *rq;		/* who waits for it; NULL once given up */
+	struct bsu_image *image;	/* whose map it is published in */
+	uint64_t unit;
+	uint32_t count;
+	uint32_t place;
+	uint32_t reading;		/* slow form: the unit being read, counted from 0 */
+	bool slow;
+	uint64_t limit;			/* ns */
+	void *buf;
+	struct bsu_io io;
+	struct bsu_task task;
+	unsigned int nr_claims;
+	struct bsu_claim claim[BSU_COPY_CLAIMS];
+	uint64_t bad[BSU_COPY_UNITS / 64];
+};
+
+/* Claims a run of lacking units, for which a place and map memory are reserved; device.lock held. */
+void bsu_copy_claim(struct bsu_copy *copy, struct bsu_request *rq, struct bsu_image *image, uint64_t unit, uint32_t count, uint32_t place);
+void bsu_copy_start(struct bsu_copy *copy);
+void bsu_copies_tick(struct bsu_queue *queue, uint64_t now);
+
+/* ---- image_read.c ---- */
+
+struct bsu_segment {
+	struct bsu_segment *next;	/* free list */
+	struct bsu_queue *queue;
+	struct bsu_request *rq;
+	uint64_t start, end;		/* bytes still to be read */
+	uint64_t length;		/* bytes of the run under way */
+	uint32_t slot;			/* its source: 0, or the slot of its first unit */
+	uint32_t units;
+	void *buf;
+	size_t buf_bytes;
+	struct bsu_io io;
+	struct bsu_task task;
+};
+
+/* ---- queue.c ---- */
+
+struct bsu_queue {
+	struct bsu_device *dev;		/* also for an image: the device it shows */
+	struct bsu_image *image;
+	struct bsu_pool *pool;
+	const struct bsu_queue_ops *ops;
+	void *ctx;
+	bool zero_copy;
+	unsigned int depth;
+	struct bsu_queue *next;		/* of the device */
+
+	/* Odd while the thread is inside the core: what a grace period waits for. */
+	_Atomic uint64_t pass;
+	uint64_t pass_seen;		/* by the control thread */
+	/* Writes that passed the gate; written by the queue's thread alone. */
+	_Atomic uint64_t entered, left;
+
+	_Atomic(struct bsu_task *) inbox;
+	_Atomic bool retry;		/* the gate was opened, or map memory added */
+	struct bsu_tasks ready;
+	struct bsu_tasks parked;
+	struct bsu_tasks map_waiters;
+	struct bsu_tasks copy_waiters;
+	struct bsu_tasks segment_waiters;
+
+	unsigned int busy;		/* requests and copies not ended */
+	struct bsu_copy *free_copy;
+	struct bsu_copy *oldest, *newest;
+	struct bsu_segment *free_segment;
+	struct bsu_copy *copies;
+	struct bsu_segment *segments;
+	unsigned int nr_copies, nr_segments;
+	struct bsu_queue_counters counters;
+};
+
+static inline uint64_t bsu_now(struct bsu_queue *queue)
+{
+	return queue->ops->now(queue->ctx);
+}
+
+void bsu_submit(struct bsu_queue *queue, struct bsu_io *io);
+void bsu_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res);
+void bsu_notify_queues(struct bsu_device *dev);
+
+/* device_request.c, write.c, image_read.c: where a request goes */
+void bsu_device_request(struct bsu_queue *queue, struct bsu_request *rq);
+void bsu_write_request(struct bsu_queue *queue, struct bsu_request *rq);
+void bsu_write_again(struct bsu_task *task);
+void bsu_origin_io(struct bsu_queue *queue, struct bsu_request *rq);
+void bsu_image_request(struct bsu_queue *queue, struct bsu_request *rq);
+
+#endif

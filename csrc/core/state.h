@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Layout of the state that outlives a process: files of a tmpfs, mapped shared
+ * by the io process (which writes) and the control process (which reads).
+ * All memory is allocated and zeroed before it is mapped. Offsets and indices,
+ * never pointers.
+ */
+#ifndef BSU_STATE_H
+#define BSU_STATE_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define BSU_STATE_VERSION 1u
+#define BSU_STORAGE_MAGIC 0x53555342u	/* "BSUS" */
+#define BSU_IMAGE_MAGIC 0x49555342u	/* "BSUI" */
+
+/*
+ * What a leaf holds for a unit. A place is stored plus one, so that zeroed
+ * memory means "not preserved".
+ */
+#define BSU_SLOT_EMPTY 0u
+#define BSU_SLOT_BAD 0xffffffffu	/* the origin could not be read there */
+#define BSU_PLACES_MAX 0xfffffff0u
+
+/*
+ * The two-level map: directory entry (256 MiB of device at 4 KiB units) ->
+ * table page of 1024 leaf indices -> leaf of 64 slots (256 KiB of device).
+ * Directory and table entries are arena indices plus one; 0 means absent.
+ */
+#define BSU_LEAF_UNITS 64u
+#define BSU_TABLE_LEAVES 1024u
+#define BSU_TABLE_UNITS (BSU_LEAF_UNITS * BSU_TABLE_LEAVES)
+
+struct bsu_leaf {
+	_Atomic uint32_t slot[BSU_LEAF_UNITS];
+};
+
+struct bsu_table {
+	_Atomic uint32_t leaf[BSU_TABLE_LEAVES];
+};
+
+_Static_assert(sizeof(struct bsu_leaf) == 256, "16 leaves fill a map page");
+_Static_assert(sizeof(struct bsu_table) == 4096, "a table fills a map page");
+
+/*
+ * What a place holds; complete before the place is published. @owner: map
+ * serial in the upper 24 bits, unit in the lower 40. @check covers the rest.
+ */
+struct bsu_record {
+	uint64_t owner;
+	uint32_t data_crc;
+	uint32_t check;
+};
+
+_Static_assert(sizeof(struct bsu_record) == 16, "0.4 % of the preserved bytes");
+
+struct bsu_storage_state {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t unit;
+	uint32_t areas;
+	_Atomic uint64_t next_place;	/* high-water mark: below it all were given out */
+	_Atomic uint64_t capacity;	/* places */
+	_Atomic uint32_t full;		/* a copy found no room */
+	uint32_t pad[5];
+};
+
+_Static_assert(sizeof(struct bsu_storage_state) == 56, "shared with the control process");
+
+#define BSU_IMAGE_HEADER 4096u
+
+struct bsu_image_state {
+	uint32_t magic;
+	uint32_t version;
+	uint64_t size;
+	uint32_t unit;
+	uint32_t serial;
+	_Atomic uint32_t status;	/* enum bsu_image_status */
+	_Atomic int32_t error;		/* errno, positive, 0 while active */
+	_Atomic uint64_t preserved;	/* units */
+	uint64_t directory_entries;
+	/* from BSU_IMAGE_HEADER on: _Atomic uint32_t directory[] */
+};
+
+_Static_assert(sizeof(struct bsu_image_state) == 48, "shared with the control process");
+
+#endif
