@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""The one JSON form of every object: on the command line, in varlink, in the Python client and in events.
+
+Sizes, offsets and lengths are bytes, except where a field says sectors (512 bytes). Times are UTC in ISO 8601 with
+microseconds and a final `Z`; see `timestamp`. Fields may be added; readers ignore fields that they do not know.
+"""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+
+class DeviceState(StrEnum):
+    """State of a filtered device: it serves; its io process is being replaced; it is lost."""
+
+    LIVE = "live"
+    RECOVERING = "recovering"
+    FAILED = "failed"
+
+
+class DataPath(StrEnum):
+    """How the data of a request travels: not at all through our memory, or by copies."""
+
+    ZERO_COPY = "zero-copy"
+    COPY = "copy"
+
+
+class SnapshotState(StrEnum):
+    """`active` can be trusted. The others are broken: their images answer EIO."""
+
+    ACTIVE = "active"
+    OVERFLOWN = "overflown"
+    CORRUPTED = "corrupted"
+
+
+class Freeze(StrEnum):
+    """What to do with mounted file systems when a snapshot is taken."""
+
+    TRY = "try"
+    NO = "no"
+    REQUIRE = "require"
+
+
+class FindingState(StrEnum):
+    """What a finding of `doctor` means: nothing to do, works but look at it, does not work."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+class Device(Struct, kw_only=True, frozen=True):
+    """A filtered device. `id` is the N of `/dev/ublkbN`; `change_number` that of the last snapshot taken, 0 before."""
+
+    device: str
+    name: str
+    origin: str
+    id: int
+    size: int
+    state: DeviceState
+    data_path: DataPath
+    queues: int
+    depth: int
+    generation: str
+    change_number: int
+    tracking_block: int
+    unit: int
+    snapshots: list[str]
+
+
+class Area(Struct, kw_only=True, frozen=True):
+    """A range of one file or block device that holds preserved units; `start` and `count` in sectors."""
+
+    path: str
+    start: int
+    count: int
+    used: int
+
+
+class Storage(Struct, kw_only=True, frozen=True):
+    """Difference storage. `forecast_seconds`: until it is full at the present rate, null when nothing is preserved."""
+
+    used: int
+    capacity: int
+    limit: int | None
+    on_overflow: str
+    areas: list[Area]
+    forecast_seconds: float | None
+
+
+class Image(Struct, kw_only=True, frozen=True):
+    """One member of a snapshot as it was; `cursor` is what a backup remembers."""
+
+    image: str
+    device: str
+    origin: str
+    size: int
+    generation: str
+    change_number: int
+    cursor: str
+    state: SnapshotState
+    preserved_bytes: int
+
+
+class Snapshot(Struct, kw_only=True, frozen=True):
+    """A snapshot. `error` says why it is broken; `gate_us` how long new writes were held, in microseconds."""
+
+    id: str
+    created: str
+    state: SnapshotState
+    error: str | None
+    frozen: bool
+    gate_us: int
+    images: list[Image]
+    storage: Storage
+
+
+class SnapshotCheck(Struct, kw_only=True, frozen=True):
+    """Whether a snapshot can be trusted, and if not, why."""
+
+    id: str
+    trusted: bool
+    reason: str | None
+
+
+class Range(Struct, kw_only=True, frozen=True, gc=False):
+    """Bytes of a device."""
+
+    start: int
+    length: int
+
+
+class Changes(Struct, kw_only=True, frozen=True):
+    """What changed after the cursor `since` (null: since tracking began) up to the instant `until`.
+
+    With `all` true everything counts as changed, for the `reason` given. `changed_bytes` is the sum of the lengths.
+    """
+
+    device: str
+    since: str | None
+    until: str
+    tracking_block: int
+    all: bool
+    reason: str | None
+    changed_bytes: int
+    ranges: list[Range]
+
+
+class ChangesInfo(Struct, kw_only=True, frozen=True):
+    """Change tracking of a device; `changed_blocks` tracking blocks changed since the last snapshot was taken."""
+
+    device: str
+    generation: str
+    change_number: int
+    tracking_block: int
+    blocks: int
+    changed_blocks: int
+
+
+class Event(Struct, kw_only=True, frozen=True):
+    """A change of state. `seq` counts up by one for each event of a daemon; `data` depends on `type`."""
+
+    seq: int
+    time: str
+    type: str
+    snapshot: str | None
+    device: str | None
+    data: dict[str, Any]
+
+
+class Finding(Struct, kw_only=True, frozen=True):
+    """One thing that `doctor` looked at; `advice` says what to do about it."""
+
+    name: str
+    state: FindingState
+    text: str
+    advice: str | None
+
+
+class Traffic(Struct, kw_only=True, frozen=True):
+    """What a filtered device has done since it was attached: counts of requests, and bytes."""
+
+    reads: int
+    writes: int
+    read_bytes: int
+    written_bytes: int
+    preserved_bytes: int
+
+
+class Rates(Struct, kw_only=True, frozen=True):
+    """What a filtered device does per second, measured over an interval of `seconds`."""
+
+    seconds: float
+    reads: float
+    writes: float
+    read_bytes: float
+    written_bytes: float
+    preserved_bytes: float
+
+
+class DeviceStatus(Struct, kw_only=True, frozen=True):
+    """A filtered device at work; `rates` is null where no interval was measured."""
+
+    device: Device
+    traffic: Traffic
+    rates: Rates | None
+
+
+class Status(Struct, kw_only=True, frozen=True):
+    """Everything that the daemon serves, at one time."""
+
+    time: str
+    pid: int
+    version: str
+    devices: list[DeviceStatus]
+    snapshots: list[Snapshot]
+
+
+class Version(Struct, kw_only=True, frozen=True):
+    """Version of the command line or library, and of the daemon; null where none is running."""
+
+    version: str
+    daemon: str | None
+
+
+class DeviceList(Struct, kw_only=True, frozen=True):
+    """Result of `list`."""
+
+    devices: list[Device]
+
+
+class SnapshotList(Struct, kw_only=True, frozen=True):
+    """Result of `snapshot list`."""
+
+    snapshots: list[Snapshot]
+
+
+class Findings(Struct, kw_only=True, frozen=True):
+    """Result of `doctor`."""
+
+    findings: list[Finding]
+
+
+class Attached(Struct, kw_only=True, frozen=True):
+    """Result of attach: the filtered device, and what its user should know."""
+
+    device: Device
+    warnings: list[str]
+
+
+class Detached(Struct, kw_only=True, frozen=True):
+    """Result of detach: the device that was, and the snapshots that `force` broke."""
+
+    device: Device
+    broken_snapshots: list[str]
+    warnings: list[str]
+
+
+class SnapshotCreated(Struct, kw_only=True, frozen=True):
+    """Result of `snapshot create`: the snapshot, and what its user should know."""
+
+    snapshot: Snapshot
+    warnings: list[str]
+
+
+class Destroyed(Struct, kw_only=True, frozen=True):
+    """Result of `snapshot destroy`: the full ids of the snapshots that are gone."""
+
+    destroyed: list[str]
+    warnings: list[str]
+
+
+class Marked(Struct, kw_only=True, frozen=True):
+    """Result of `changes mark`: how many bytes were marked, in whole tracking blocks."""
+
+    device: str
+    marked_bytes: int
+
+
+def timestamp(seconds: float) -> str:
+    """`2026-01-31T12:00:00.000000Z` for seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def to_json(form: object) -> str:
+    """The JSON text of a form, in one line; the fields in the order of the class."""
+    return msgspec.json.encode(form).decode()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""Mounted file systems, in every mount namespace, and the block devices beneath them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from blksnap_ublk.host import sysfs
+from blksnap_ublk.host.number import DeviceNumber
+from blksnap_ublk.host.syscalls import file_status
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+_BTRFS = Path("/sys/fs/btrfs")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of mountinfo. `pid` is a process in whose mount namespace it is seen, None for our own."""
+
+    mount_id: int
+    device: DeviceNumber
+    """Major 0 where the file system has a number of its own (btrfs, overlay, tmpfs …)."""
+    root: str
+    point: str
+    filesystem: str
+    source: str
+    super_options: str
+    read_only: bool
+    pid: int | None
+
+    def __str__(self) -> str:
+        return f"mount {self.point}" + (f" (in the mount namespace of process {self.pid})" if self.pid else "")
+
+
+def unescape(text: str) -> str:
+    """Undoes the `\\040` that the kernel writes for blanks in paths."""
+    return os.fsdecode(_ESCAPE.sub(lambda m: chr(int(m[1], 8)), os.fsencode(text).decode("latin-1")).encode("latin-1"))
+
+
+def parse_mountinfo(text: str, pid: int | None = None) -> list[Mount]:
+    """The mounts of one `/proc/PID/mountinfo`; lines of an unknown form are left out."""
+    found = []
+    for line in text.splitlines():
+        left, separator, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if not separator or len(fields) < 6 or len(rest) < 3:
+            continue
+        found.append(
+            Mount(
+                mount_id=int(fields[0]),
+                device=DeviceNumber.parse(fields[2]),
+                root=unescape(fields[3]),
+                point=unescape(fields[4]),
+                filesystem=rest[0],
+                source=unescape(rest[1]),
+                super_options=rest[2],
+                read_only="ro" in fields[5].split(",") or "ro" in rest[2].split(","),
+                pid=pid,
+            )
+        )
+    return found
+
+
+def own_mounts() -> list[Mount]:
+    """The mounts of this process's namespace."""
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+
+
+def all_mounts() -> list[Mount]:
+    """The mounts of every mount namespace that has a process, our own first, each namespace once."""
+    found = own_mounts()
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace not in seen:
+                text = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
+                found += parse_mountinfo(text, pid)
+                seen.add(namespace)
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def mount_of(mount_id: int) -> Mount | None:
+    """The mount of this namespace with an id (`stx_mnt_id`)."""
+    return next((mount for mount in own_mounts() if mount.mount_id == mount_id), None)
+
+
+def devices_of(mount: Mount) -> frozenset[DeviceNumber]:
+    """The block devices that a mounted file system lies on; empty where it has none or does not tell."""
+    if mount.device.major:
+        return frozenset({mount.device})
+    if mount.filesystem == "btrfs":
+        return _btrfs_devices(mount.source)
+    if mount.filesystem == "overlay":
+        return frozenset(_overlay_devices(mount))
+    return frozenset(_block_nodes(mount.source.split(":")))  # bcachefs names all members, with colons
+
+
+def mounts_directly_on(numbers: frozenset[DeviceNumber]) -> list[Mount]:
+    """The mounts, of all namespaces, whose file system lies on one of the given devices itself."""
+    return [mount for mount in all_mounts() if mount.filesystem != "overlay" and devices_of(mount) & numbers]
+
+
+def _block_nodes(paths: list[str]) -> Iterator[DeviceNumber]:
+    for path in paths:
+        try:
+            status = os.stat(path) if path.startswith("/dev/") else None  # others may be on a dead server
+        except OSError:
+            continue
+        if status and stat.S_ISBLK(status.st_mode):
+            yield DeviceNumber.of(status.st_rdev)
+
+
+def _btrfs_devices(source: str) -> frozenset[DeviceNumber]:
+    named = frozenset(_block_nodes([source]))
+    for devices in _BTRFS.glob("*/devices"):
+        members = frozenset(sysfs.numbers_in(devices))
+        if members & named:
+            return members
+    return named
+
+
+def _overlay_devices(mount: Mount) -> Iterator[DeviceNumber]:
+    for option in mount.super_options.split(","):
+        key, _, value = option.partition("=")
+        if key not in ("upperdir", "lowerdir", "lowerdir+", "datadir+"):
+            continue
+        for layer in unescape(value).split(":"):
+            try:
+                device = file_status(layer, cached=True).filesystem
+            except OSError:
+                continue
+            if device.major:
+                yield device

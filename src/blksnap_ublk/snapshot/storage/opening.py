@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""From SPECs to areas: everything is opened and checked before anything is created, extended or changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from blksnap_ublk.errors import Busy, UsageError, from_os_error
+from blksnap_ublk.host import filesystem
+from blksnap_ublk.host.number import DeviceNumber
+from blksnap_ublk.snapshot.spec import SECTOR, Spec, check_disjoint
+from blksnap_ublk.snapshot.storage import devices, files
+from blksnap_ublk.snapshot.storage.areas import AreaKind, OpenArea, OpenAreas, UsedRange
+from blksnap_ublk.snapshot.storage.descriptors import DescriptorRegistry
+from blksnap_ublk.snapshot.storage.growth import Growable, plan_sizes
+from blksnap_ublk.snapshot.storage.target import Target
+
+
+def open_storage(
+    specs: Sequence[Spec],
+    *,
+    registry: DescriptorRegistry,
+    off_limits: Collection[DeviceNumber],
+    used: Collection[UsedRange] = (),
+    limit: int | None = None,
+    needed: int,
+    unit: int = 4096,
+) -> OpenAreas:
+    """Opens the areas of all SPECs, in their order, with space of their own and locked against others.
+
+    `off_limits` are the origins in use or about to be, the filtered devices and the images; `used` is what other
+    difference storages hold. `limit` is the user's `--limit`; without one, directories give what is `needed` (the size
+    of the members) at most. All sizes in bytes. Allocation can take long and may wait for file systems.
+
+    Raises UsageError, Busy, Unsupported, NotFound or Failed and then leaves nothing behind.
+    """
+    closing, undoing = ExitStack(), ExitStack()
+    try:
+        check_disjoint(specs)
+        targets = [_open(spec, registry, closing, off_limits, unit) for spec in specs]
+        sizes = _sizes(targets, limit, needed, unit)
+        areas = [area for target, size in zip(targets, sizes, strict=True) for area in _areas(target, size, unit)]
+        _refuse_overlaps(areas, used)
+        for target in targets:
+            if target.kind is not AreaKind.DEVICE:
+                files.refuse_unusable_blocks(target)
+        notes = [note for target, size in zip(targets, sizes, strict=True) for note in _prepare(target, size, undoing)]
+        for target in targets:
+            if target.publish:
+                files.publish(target, undoing)
+        return OpenAreas(tuple(map(_with_state, areas)), tuple(dict.fromkeys(notes)), closing, undoing)
+    except BaseException:
+        try:
+            undoing.close()
+        finally:
+            closing.close()
+        raise
+
+
+def _open(
+    spec: Spec, registry: DescriptorRegistry, closing: ExitStack, off_limits: Collection[DeviceNumber], unit: int
+) -> Target:
+    if not os.path.isabs(spec.path):
+        raise UsageError("is not an absolute path", subject=spec.path, advice="write it from the root on")
+    try:
+        mode = os.stat(spec.path).st_mode
+    except FileNotFoundError:
+        return _open_missing(spec, registry, closing, off_limits)
+    except OSError as error:
+        raise from_os_error(error, subject=spec.path) from None
+    if stat.S_ISBLK(mode):
+        return devices.open_device(spec, registry, closing, off_limits, unit)
+    if stat.S_ISREG(mode):
+        return files.open_existing(spec, registry, closing, off_limits)
+    if not stat.S_ISDIR(mode):
+        raise UsageError("neither a regular file nor a directory nor a block device", subject=spec.path)
+    if spec.ranges is not None:
+        raise UsageError("a directory has no sector ranges", subject=spec.path, advice="name the directory alone")
+    return files.open_unnamed(spec, spec.path, registry, closing, off_limits)
+
+
+def _open_missing(
+    spec: Spec, registry: DescriptorRegistry, closing: ExitStack, off_limits: Collection[DeviceNumber]
+) -> Target:
+    directory = os.path.dirname(spec.path)
+    if spec.ranges is not None or os.path.lexists(spec.path) or not os.path.isdir(directory):
+        raise UsageError("no such file, directory or block device", subject=spec.path, errno="ENOENT")
+    return files.open_unnamed(spec, directory, registry, closing, off_limits)
+
+
+def _sizes(targets: Sequence[Target], limit: int | None, needed: int, unit: int) -> list[int]:
+    """The size of each target once it is allocated."""
+    growables = [_growable(target) for target in targets if target.grows]
+    if limit is None:
+        for target in targets:
+            if target.publish:
+                text = "no such file, directory or block device"
+                raise UsageError(text, subject=target.spec.path, advice="--limit SIZE would create a file of that size")
+    fixed = sum(length for t in targets if not t.grows for _, length in t.byte_ranges(t.size))
+    planned = iter(plan_sizes(growables, fixed=fixed, limit=limit, needed=needed, unit=unit))
+    return [next(planned) if target.grows else target.size for target in targets]
+
+
+def _growable(target: Target) -> Growable:
+    return Growable(
+        path=target.spec.path,
+        size=target.size,
+        is_directory=target.kind is AreaKind.UNNAMED,
+        filesystem=target.identity.device,
+        room=filesystem.room(target.descriptor),
+        room_with_reserve=filesystem.room_with_reserve(target.descriptor),
+    )
+
+
+def _areas(target: Target, size: int, unit: int) -> list[OpenArea]:
+    found = []
+    for start, length in target.byte_ranges(size):
+        first = -(-start // target.alignment) * target.alignment
+        last = (start + length) // target.alignment * target.alignment
+        if last - first < unit:
+            text = f"the area {start // SECTOR}+{length // SECTOR} has no room for one unit of {unit} bytes"
+            if target.alignment > SECTOR:
+                text += f" at a multiple of {target.alignment}"
+            raise UsageError(text, subject=target.spec.path)
+        found.append(
+            OpenArea(
+                path=target.spec.path,
+                fd=target.descriptor,
+                start_byte=first,
+                length=last - first,
+                kind=target.kind,
+                alignment=target.alignment,
+                memory_alignment=target.memory_alignment,
+                direct=target.direct,
+                written=target.kind is AreaKind.DEVICE,
+                filesystem=target.filesystem,
+                device=target.device,
+                identity=target.identity,
+            )
+        )
+    return found
+
+
+def _refuse_overlaps(areas: Sequence[OpenArea], used: Collection[UsedRange]) -> None:
+    ordered = sorted(areas, key=lambda area: area.used_range)
+    for before, area in zip([None, *ordered], ordered, strict=False):
+        if before is not None and before.used_range.overlaps(area.used_range):
+            text = f"sectors {_sectors(area)} overlap {_sectors(before)} of {before.path}"
+            raise UsageError(text, subject=area.path, advice="name each sector once")
+    for area in areas:
+        for other in used:
+            if other.overlaps(area.used_range):
+                text = f"sectors {other.start // SECTOR}+{other.length // SECTOR} hold the storage of another snapshot"
+                raise Busy(text, subject=area.path, errno="EBUSY", advice="name other sectors, or destroy it first")
+
+
+def _sectors(area: OpenArea) -> str:
+    return f"{area.start_byte // SECTOR}+{area.length // SECTOR}"
+
+
+def _prepare(target: Target, size: int, undoing: ExitStack) -> list[str]:
+    if target.kind is AreaKind.DEVICE:
+        return []
+    files.allocate(target, size, undoing)
+    notes = []
+    if target.kind is AreaKind.FILE and not target.publish:
+        notes.append(files.make_private(target, undoing))
+    if not target.direct:
+        notes.append(f"{target.spec.path}: {target.filesystem} has no direct I/O here: goes through the page cache")
+    return [note for note in notes if note is not None]
+
+
+def _with_state(area: OpenArea) -> OpenArea:
+    if area.kind is AreaKind.DEVICE:
+        return area
+    return replace(area, written=files.is_written(area.fd, area.start_byte, area.length))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Each finding in the state that each condition of the host deserves."""
+
+import resource
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from blksnap_ublk.forms import FindingState
+from blksnap_ublk.host import doctor
+from blksnap_ublk.host.kernel import KernelVersion, traps_of
+
+OK, WARN, FAIL = FindingState.OK, FindingState.WARN, FindingState.FAIL
+COPY = 1 << 7 | 1 << 3 | 1 << 4
+
+
+def _put(root: Path, name: str, text: str = "") -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("release", "state", "words"),
+    [
+        ("6.1.0-18-amd64", FAIL, "too old"),
+        ("6.5.0", OK, "data is copied"),
+        ("6.12.9+deb12-amd64", OK, "data is copied"),
+        ("6.16.1", OK, "zero copy is possible"),
+        ("7.3.4", OK, "zero copy is possible"),
+        ("strange", WARN, "strange"),
+    ],
+)
+def test_kernel(release: str, state: FindingState, words: str) -> None:
+    finding = doctor.kernel_findings(release)[0]
+    assert finding.state is state
+    assert words in finding.text
+    assert finding.advice or state is not FAIL
+
+
+def test_traps_belong_to_versions() -> None:
+    assert any("ublks_max" in trap.text for trap in traps_of(KernelVersion(6, 12)))
+    assert not any("ublks_max" in trap.text for trap in traps_of(KernelVersion(6, 15)))
+    assert traps_of(KernelVersion(7, 3)) == []
+    assert [finding.state for finding in doctor.kernel_findings("6.12.1")[1:]] == [WARN, WARN]
+
+
+def test_driver(tmp_path: Path) -> None:
+    assert "CONFIG_BLK_DEV_UBLK" in (doctor.driver_finding(tmp_path, "7.3.4").advice or "")
+    _put(tmp_path, "lib/modules/7.3.4/modules.dep", "kernel/drivers/block/ublk_drv.ko.xz:")
+    assert doctor.driver_finding(tmp_path, "7.3.4").advice == "modprobe ublk_drv"
+    _put(tmp_path, "sys/module/ublk_drv/refcnt", "0")
+    assert "devtmpfs" in (doctor.driver_finding(tmp_path, "7.3.4").advice or "")
+    _put(tmp_path, "dev/ublk-control")
+    assert doctor.driver_finding(tmp_path, "7.3.4").state is OK
+
+
+@pytest.mark.parametrize(
+    ("features", "state", "words"),
+    [
+        (None, FAIL, "could not be asked"),
+        (0, FAIL, "USER_COPY"),
+        (1 << 7, FAIL, "USER_RECOVERY_REISSUE"),
+        (COPY, OK, "data is copied"),
+        (COPY | 1, OK, "data is copied"),
+        (COPY | 1 | 1 << 11, OK, "zero copy"),
+    ],
+)
+def test_features(features: int | None, state: FindingState, words: str) -> None:
+    finding = doctor.features_finding(features)
+    assert finding.state is state
+    assert words in finding.text
+
+
+def test_capabilities(tmp_path: Path) -> None:
+    _put(tmp_path, "proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n")
+    assert doctor.capabilities_finding(tmp_path).state is OK
+    _put(tmp_path, "proc/self/status", f"CapEff:\t{1 << 21:016x}\n")
+    assert doctor.capabilities_finding(tmp_path).text == "missing: CAP_IPC_LOCK, CAP_SYS_RESOURCE"
+
+
+def test_memlock() -> None:
+    assert doctor.memlock_finding(65536, resource.RLIM_INFINITY).state is OK
+    assert doctor.memlock_finding(65536, 65536).state is WARN
+
+
+@pytest.mark.parametrize(("value", "state"), [(None, OK), ("0\n", OK), ("1\n", OK), ("2\n", FAIL)])
+def test_io_uring(tmp_path: Path, value: str | None, state: FindingState) -> None:
+    if value is not None:
+        _put(tmp_path, "proc/sys/kernel/io_uring_disabled", value)
+    assert doctor.io_uring_finding(tmp_path).state is state
+
+
+def test_memory(tmp_path: Path) -> None:
+    assert doctor.memory_finding(tmp_path).state is WARN
+    _put(tmp_path, "proc/meminfo", "MemTotal: 1 kB\nMemAvailable:   102400 kB\n")
+    assert doctor.memory_finding(tmp_path).state is WARN
+    _put(tmp_path, "proc/meminfo", "MemAvailable:   10240000 kB\n")
+    assert doctor.memory_finding(tmp_path).state is OK
+
+
+def test_left_over_devices_are_named() -> None:
+    assert doctor.left_over_finding([]).state is OK
+    finding = doctor.left_over_finding(["/dev/ublkb0", "/dev/ublkb7"])
+    assert finding.state is WARN
+    assert "/dev/ublkb7" in finding.text
+
+
+def test_udev(tmp_path: Path) -> None:
+    assert "does not run" in doctor.udev_finding(tmp_path).text
+    _put(tmp_path, "run/udev/control")
+    _put(tmp_path, "usr/lib/udev/rules.d/60-persistent-storage.rules", 'KERNEL!="sd*", GOTO="end"')
+    assert doctor.udev_finding(tmp_path).state is WARN
+    _put(tmp_path, "etc/udev/rules.d/60-persistent-storage.rules", 'KERNEL!="sd*|ublkb*", GOTO="end"')
+    assert doctor.udev_finding(tmp_path).state is OK
+
+
+def test_lvm(tmp_path: Path) -> None:
+    assert doctor.lvm_finding(tmp_path).state is OK
+    _put(tmp_path, "usr/sbin/lvm")
+    _put(tmp_path, "etc/lvm/lvm.conf", '# filter = [ "r|ublk|" ]\n')
+    assert doctor.lvm_finding(tmp_path).state is WARN
+    _put(tmp_path, "etc/lvm/lvm.conf", '\tglobal_filter = [ "r|^/dev/ublkb|" ]\n')
+    assert doctor.lvm_finding(tmp_path).state is OK
+    _put(tmp_path, "etc/lvm/lvm.conf", "use_devicesfile = 1\n")
+    assert doctor.lvm_finding(tmp_path).state is OK
+
+
+def test_this_host_can_be_examined_and_sent_as_json() -> None:
+    findings = doctor.examine(None, ["/dev/ublkb3"])
+    assert {finding.name for finding in findings} >= {"kernel", "ublk", "features", "io_uring", "left-over", "lvm"}
+    assert all(finding.advice for finding in findings if finding.state is FAIL)
+    assert msgspec.json.decode(msgspec.json.encode(findings), type=list[dict[str, str | None]])

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blksnap_ublk.errors import BlksnapError, Failed, UsageError
+from blksnap_ublk.host.number import DeviceNumber
+from blksnap_ublk.snapshot.storage.growth import MIB, Growable, plan_sizes
+
+UNIT = 4096
+GIB = 1 << 30
+
+
+def _file(size: int, room: int = 10 * GIB, filesystem: int = 1) -> Growable:
+    return Growable("/f", size, False, DeviceNumber(8, filesystem), room, max(room - GIB, 0))
+
+
+def _directory(room: int = 10 * GIB, filesystem: int = 1) -> Growable:
+    return Growable("/d", 0, True, DeviceNumber(8, filesystem), room, max(room - GIB, 0))
+
+
+def _plan(growables: list[Growable], *, fixed: int = 0, limit: int | None = None, needed: int = GIB) -> list[int]:
+    return plan_sizes(growables, fixed=fixed, limit=limit, needed=needed, unit=UNIT)
+
+
+def test_without_a_limit_files_stay_and_directories_give_what_is_needed() -> None:
+    assert _plan([_file(64 * MIB)]) == [64 * MIB]
+    assert _plan([_directory()]) == [GIB]
+    assert _plan([_file(64 * MIB), _directory()], fixed=36 * MIB) == [64 * MIB, GIB - 100 * MIB]
+    assert _plan([_directory(), _directory(filesystem=2)]) == [GIB, MIB]
+    assert _plan([_directory()], needed=GIB + 1) == [GIB + UNIT]
+
+
+def test_without_a_limit_the_reserve_stays_free() -> None:
+    assert _plan([_directory(GIB + 5 * MIB)]) == [5 * MIB]
+    assert _plan([_directory(GIB + 5 * MIB), _directory(filesystem=2)]) == [5 * MIB, GIB - 5 * MIB]
+    with pytest.raises(Failed, match=r"less than 1 MiB.*--limit"):
+        _plan([_directory(GIB + MIB - UNIT)])
+    with pytest.raises(Failed, match="less than 1 MiB"):
+        _plan([_directory(GIB + 5 * MIB), _directory(GIB + 5 * MIB)])
+
+
+def test_a_limit_is_reached_by_the_first_with_room() -> None:
+    assert _plan([_directory()], limit=3 * GIB) == [3 * GIB]
+    assert _plan([_file(64 * MIB)], limit=GIB) == [GIB]
+    assert _plan([_file(GIB)], limit=64 * MIB) == [GIB]
+    assert _plan([_file(64 * MIB, room=6 * MIB), _directory(filesystem=2)], limit=GIB) == [70 * MIB, GIB - 70 * MIB]
+    assert _plan([_directory()], fixed=GIB, limit=3 * GIB) == [2 * GIB]
+
+
+def test_a_limit_that_cannot_be_used_is_an_error() -> None:
+    with pytest.raises(Failed, match="ENOSPC"):
+        _plan([_directory(GIB)], limit=2 * GIB)
+    with pytest.raises(UsageError, match="nothing is left"):
+        _plan([_directory()], fixed=GIB, limit=GIB)
+    with pytest.raises(Failed, match="full"):
+        _plan([_directory(0), _directory(filesystem=2)], limit=GIB)
+
+
+def test_room_that_is_given_away_is_not_given_again() -> None:
+    with pytest.raises(Failed, match="full"):
+        _plan([_directory(GIB), _directory(GIB)], limit=2 * GIB)
+    assert _plan([_directory(GIB), _directory(GIB, filesystem=2)], limit=2 * GIB) == [GIB, GIB]
+
+
+def test_an_empty_file_needs_a_limit() -> None:
+    with pytest.raises(UsageError, match=r"is empty; give --limit"):
+        _plan([_file(0)])
+    assert _plan([_file(0)], limit=MIB) == [MIB]
+
+
+GROWABLES = st.lists(
+    st.builds(
+        lambda directory, size, room, filesystem: (
+            _directory(room, filesystem) if directory else _file(size, room, filesystem)
+        ),
+        st.booleans(),
+        st.integers(0, 4 * GIB),
+        st.integers(0, 4 * GIB),
+        st.integers(1, 6),
+    ),
+    max_size=5,
+    unique_by=lambda each: each.filesystem,
+)
+
+
+@given(GROWABLES, st.integers(0, 2 * GIB), st.none() | st.integers(1, 8 * GIB), st.integers(0, 8 * GIB))
+def test_nothing_shrinks_and_no_room_is_spent_twice(
+    growables: list[Growable], fixed: int, limit: int | None, needed: int
+) -> None:
+    try:
+        sizes = _plan(growables, fixed=fixed, limit=limit, needed=needed)
+    except BlksnapError:
+        return
+    assert len(sizes) == len(growables)
+    before = fixed + sum(each.size for each in growables)
+    for each, size in zip(growables, sizes, strict=True):
+        assert size >= max(each.size, UNIT)
+        assert size - each.size <= (each.room_with_reserve if limit is None else each.room)
+    if limit is not None and growables:
+        assert max(before, limit) - UNIT < fixed + sum(sizes) <= max(before, limit)
