@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""The commands serve and version."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from blksnap_ublk.cli.command import PROGRAM, Json, Settings, client, command
+from blksnap_ublk.cli.output import complain, say, say_json
+from blksnap_ublk.client import Client, connect
+from blksnap_ublk.errors import BlksnapError, UsageError
+from blksnap_ublk.forms import Version
+from blksnap_ublk.version import installed_version
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    command(app, "serve", example="serve --foreground")(serve)
+    command(app, "version", example="version")(version)
+
+
+def serve(
+    context: typer.Context,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Be the daemon; log to stderr.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the daemon; devices in use are kept for recovery.")] = False,
+) -> None:
+    """Start the daemon, where it does not run already. Other commands do this by themselves."""
+    settings: Settings = context.obj
+    if foreground and stop:
+        raise UsageError("--foreground and --stop exclude one another")
+    if foreground:
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "blksnap_ublk.daemon.main", "--foreground"])
+    running = _running(settings.socket)
+    if running is not None:
+        with running:
+            if stop:
+                running.stop()
+            else:
+                complain(f"runs already, as process {running.daemon_version().pid}", context.command_path)
+    elif stop:
+        complain("does not run", context.command_path)
+    else:
+        with client(context) as started:
+            started.connect()
+
+
+def version(context: typer.Context, json: Json = False) -> None:
+    """Show the version of this program, and of the daemon where it runs."""
+    settings: Settings = context.obj
+    running = _running(settings.socket)
+    daemon = None
+    if running is not None:
+        with running:
+            daemon = running.daemon_version().version
+    found = Version(version=installed_version(), daemon=daemon)
+    if json:
+        say_json(found)
+        return
+    say(f"{PROGRAM} {found.version}")
+    if daemon is not None:
+        say(f"daemon {daemon}")
+
+
+def _running(socket: str | None) -> Client | None:
+    """A client of the daemon if there is one that we may talk to."""
+    try:
+        return connect(socket, start=False)
+    except BlksnapError:
+        return None

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""The commands of the group `snapshot`."""
+
+import re
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from blksnap_ublk.cli.command import Json, client, command
+from blksnap_ublk.cli.output import fill_text, say, say_fields, say_json, say_table
+from blksnap_ublk.cli.sizes import duration_text, parse_size, size_text
+from blksnap_ublk.errors import Unsupported, Untrusted, UsageError
+from blksnap_ublk.forms import Destroyed, Freeze, Snapshot, SnapshotList
+
+SECTOR = 512
+_ON_OVERFLOW = re.compile(r"break|pause:[0-9]+|evict-oldest")
+
+Reference = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="UUID, or its beginning (4 characters or more).")]
+
+
+class Print(StrEnum):
+    """What `snapshot create` prints."""
+
+    ID = "id"
+    IMAGES = "images"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the group to the program."""
+    group = typer.Typer(
+        help="Take, show and destroy snapshots.", epilog="Example: blksnap-ublk snapshot list", rich_markup_mode=None
+    )
+    app.add_typer(group, name="snapshot")
+    command(group, "create", example="snapshot create /dev/sdb --storage /var/spool/diff --limit 20G")(create)
+    command(group, "list", example="snapshot list")(list_snapshots)
+    command(group, "show", example="snapshot show 1f0c --json")(show)
+    command(group, "check", example="snapshot check 1f0c && echo trusted")(check)
+    command(group, "destroy", example="snapshot destroy 1f0c")(destroy)
+
+
+def create(
+    context: typer.Context,
+    devices: Annotated[list[str], typer.Argument(metavar="DEVICE...", help="Origins or filtered devices.")],
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Difference storage: a file, directory or block device, or PATH:START+COUNT,... (sectors).",
+        ),
+    ] = None,
+    storage_file: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="The same for a path that holds colons: never split.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="How large the storage may grow.")
+    ] = None,
+    on_overflow: Annotated[
+        str, typer.Option(metavar="POLICY", help="When the storage is full: break (the snapshot is lost).")
+    ] = "break",
+    no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze mounted file systems.")] = False,
+    require_freeze: Annotated[
+        bool, typer.Option("--require-freeze", help="Fail where a mounted file system cannot be frozen.")
+    ] = False,
+    ttl: Annotated[str | None, typer.Option(hidden=True)] = None,
+    while_pid: Annotated[str | None, typer.Option(hidden=True)] = None,
+    show: Annotated[
+        Print, typer.Option("--print", help="What to print: the UUID, or the paths of the images.")
+    ] = Print.ID,
+    json: Json = False,
+) -> None:
+    """Take one snapshot of all the devices at one instant, and print its UUID."""
+    if not storage and not storage_file:
+        raise UsageError("no difference storage", advice="give --storage SPEC or --storage-file PATH")
+    if no_freeze and require_freeze:
+        raise UsageError("--no-freeze and --require-freeze exclude one another")
+    if _ON_OVERFLOW.fullmatch(on_overflow) is None:
+        raise UsageError(f"--on-overflow {on_overflow}: not one of break, pause:SECONDS, evict-oldest")
+    if ttl is not None or while_pid is not None:
+        raise Unsupported("--ttl and --while-pid are not available in this version", advice="destroy it yourself")
+    freeze = Freeze.NO if no_freeze else Freeze.REQUIRE if require_freeze else Freeze.TRY
+    with client(context) as daemon:
+        snapshot = daemon.create_snapshot(
+            devices,
+            storage=storage or [],
+            storage_files=storage_file or [],
+            limit=limit,
+            on_overflow=on_overflow,
+            freeze=freeze,
+        )
+    if json:
+        say_json(snapshot)
+    elif show is Print.IMAGES:
+        for image in snapshot.images:
+            say(image.image)
+    else:
+        say(snapshot.id)
+
+
+def list_snapshots(context: typer.Context, json: Json = False) -> None:
+    """Show the held snapshots."""
+    with client(context) as daemon:
+        snapshots = daemon.list_snapshots()
+    if json:
+        say_json(SnapshotList(snapshots=snapshots))
+        return
+    say_table(
+        ["SNAPSHOT", "CREATED", "STATE", "DEVICES", "STORAGE"],
+        [
+            (
+                s.id,
+                s.created,
+                s.state,
+                ",".join(i.device for i in s.images),
+                fill_text(s.storage.used, s.storage.capacity),
+            )
+            for s in snapshots
+        ],
+    )
+
+
+def show(context: typer.Context, snapshot: Reference, json: Json = False) -> None:
+    """Show one snapshot: its state, images and storage."""
+    with client(context) as daemon:
+        found = daemon.show_snapshot(snapshot)
+    if json:
+        say_json(found)
+    else:
+        _say_snapshot(found)
+
+
+def check(context: typer.Context, snapshot: Reference, json: Json = False) -> None:
+    """Tell whether a snapshot can be trusted: exit code 0, otherwise 6."""
+    with client(context) as daemon:
+        checked = daemon.check_snapshot(snapshot)
+    if json:
+        say_json(checked)
+    if not checked.trusted:
+        raise Untrusted(f"snapshot {checked.id} cannot be trusted: {checked.reason}", advice="destroy it")
+
+
+def destroy(
+    context: typer.Context,
+    snapshots: Annotated[list[str], typer.Argument(metavar="SNAPSHOT...", help="UUIDs, or their beginnings.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while an image is open: its readers get errors.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove snapshots and give their storage back."""
+    with client(context) as daemon:
+        destroyed = daemon.destroy_snapshots(snapshots, force=force)
+    if json:
+        say_json(Destroyed(destroyed=destroyed, warnings=[]))
+
+
+def _say_snapshot(snapshot: Snapshot) -> None:
+    storage = snapshot.storage
+    say_fields(
+        [
+            ("snapshot", snapshot.id),
+            ("created", snapshot.created),
+            ("state", snapshot.state if snapshot.error is None else f"{snapshot.state}: {snapshot.error}"),
+            ("frozen", "yes" if snapshot.frozen else "no"),
+            ("gate closed", f"{snapshot.gate_us} µs"),
+            ("storage", fill_text(storage.used, storage.capacity)),
+            ("limit", "-" if storage.limit is None else size_text(storage.limit)),
+            ("full in", duration_text(storage.forecast_seconds)),
+        ]
+    )
+    say("")
+    say_table(
+        ["IMAGE", "DEVICE", "ORIGIN", "STATE", "PRESERVED", "CURSOR"],
+        [(i.image, i.device, i.origin, i.state, size_text(i.preserved_bytes), i.cursor) for i in snapshot.images],
+    )
+    say("")
+    say_table(
+        ["STORAGE AREA", "START", "SECTORS", "USED"],
+        [(a.path, a.start, a.count, fill_text(a.used, a.count * SECTOR)) for a in storage.areas],
+    )
