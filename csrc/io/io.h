@@ -28,7 +28,7 @@ struct bsu_file_info {
 	bool direct;			/* opened with O_DIRECT */
 };
 
-/* Takes a duplicate of @fd. @barrier: see bsu_thread_add_barrier(). */
+/* Takes a duplicate of @fd, a file or a block device. */
 struct bsu_file *bsu_file_new(int fd, int *err);
 int bsu_file_info(const struct bsu_file *file, struct bsu_file_info *out);
 /* Only when no I/O goes to it any more. */
@@ -120,14 +120,20 @@ struct bsu_py_request {
 
 /*
  * @slots requests at once for all queues that serve this target, each with a
- * buffer of @max_bytes. Data of a write is in the buffer when the request is
+ * buffer of @max_bytes: that of slot n is at @memory + n * @max_bytes, which
+ * stays the caller's. Data of a write is in the buffer when the request is
  * seen; data of a read is taken from there when it is committed.
  */
-struct bsu_py *bsu_py_new(unsigned int slots, size_t max_bytes, int *err);
+struct bsu_py *bsu_py_new(void *memory, unsigned int slots, size_t max_bytes, int *err);
 int bsu_py_free(struct bsu_py *py);		/* -EBUSY while queues serve it */
-int bsu_py_event_fd(const struct bsu_py *py);	/* readable when requests wait */
-void *bsu_py_buffer(struct bsu_py *py, unsigned int slot);
-/* Any thread: up to @max requests, 0 when none waits. */
+/*
+ * Any thread: nobody serves the target any more. All its requests, those to
+ * come too, end with -EIO; taken slots may no longer be committed.
+ */
+void bsu_py_close(struct bsu_py *py);
+/* Readable when requests wait, and always after bsu_py_close(). */
+int bsu_py_event_fd(const struct bsu_py *py);
+/* Any thread: up to @max requests, 0 when none waits, -ESHUTDOWN when closed. */
 int bsu_py_take(struct bsu_py *py, struct bsu_py_request *out, unsigned int max);
 /* Any thread: results in a batch; -errno or >= 0. */
 int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *results, unsigned int count);
@@ -146,10 +152,13 @@ int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int cou
 /* Waits for bsu_grace_passed(), then bsu_switch_finish(). -ETIMEDOUT. */
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
 /*
- * Sends swallowed trims to the origin (a block device or a file), with the gate closed for a
- * slice of at most @slice bytes at a time. Returns 1 while there are more.
+ * Sends swallowed trims to the origin (a block device or a file) through the
+ * origin ring of @thread, which must have the device's barrier, with the gate
+ * closed for a slice of at most @slice bytes. Returns 1 while there are more.
+ * -ETIMEDOUT when writes in flight have not ended after @limit_ms.
  */
-int bsu_replay_swallowed(struct bsu_device *device, struct bsu_file *origin, uint64_t slice, unsigned int limit_ms);
+int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,
+			 unsigned int limit_ms);
 
 /* ---- /dev/ublk-control ---- */
 

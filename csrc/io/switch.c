@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * One instant for several devices, and what follows a switch. The control
+ * thread waits here by short sleeps; queue threads never wait for it.
+ */
+#include <errno.h>
+#include <time.h>
+
+#include "file.h"
+#include "thread.h"
+
+#define NS_PER_MS 1000000ull
+#define NAP_NS 30000
+
+static uint64_t now_ns(void)
+{
+	return bsu_transport_now(NULL);
+}
+
+static void nap(void)
+{
+	const struct timespec ts = { .tv_nsec = NAP_NS };
+
+	nanosleep(&ts, NULL);
+}
+
+/* Returns how many of the first devices, in order, are drained. */
+static unsigned int wait_drained(struct bsu_device **devices, unsigned int count, uint64_t deadline)
+{
+	unsigned int done = 0;
+
+	for (;;) {
+		while (done < count && bsu_gate_drained(devices[done]))
+			done++;
+		if (done == count || now_ns() >= deadline)
+			return done;
+		nap();
+	}
+}
+
+static void open_gates(struct bsu_device **devices, unsigned int count)
+{
+	/* Bottom up: a write let through above finds the gate below open. */
+	while (count--)
+		bsu_gate_open(devices[count]);
+}
+
+/*
+ * Closes and drains all gates. All at once is quickest, but where one member
+ * is stacked on another, writes that passed the upper gate would be parked at
+ * the lower one and never end; @in_turn drains each before the next is closed.
+ * On -ETIMEDOUT all gates are open again.
+ */
+static int close_gates(struct bsu_device **devices, unsigned int count, bool in_turn, uint64_t deadline,
+		       unsigned int *late)
+{
+	unsigned int closed, drained = 0;
+
+	for (closed = 0; closed < count; closed++) {
+		bsu_gate_close(devices[closed]);
+		if (!in_turn)
+			continue;
+		if (!wait_drained(&devices[closed], 1, deadline)) {
+			closed++;
+			goto late;
+		}
+		drained++;
+	}
+	if (!in_turn)
+		drained = wait_drained(devices, count, deadline);
+	if (drained == count)
+		return 0;
+late:
+	*late = drained;
+	open_gates(devices, closed);
+	return -ETIMEDOUT;
+}
+
+int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
+		   uint32_t *commit, uint64_t *gate_ns, unsigned int *late)
+{
+	uint64_t begin = now_ns(), limit = limit_ms * NS_PER_MS;
+	uint64_t deadline = begin + limit;
+	int ret;
+
+	*late = 0;
+	*gate_ns = 0;
+	if (!count)
+		return -EINVAL;
+	ret = close_gates(devices, count, false, count > 1 ? begin + limit / 2 : deadline, late);
+	if (ret && count > 1) {
+		begin = now_ns();
+		ret = close_gates(devices, count, true, deadline, late);
+	}
+	if (ret)
+		return ret;
+
+	for (unsigned int i = 0; i < count; i++)
+		bsu_switch(devices[i], bitmaps[i]);
+	/* Whoever finds the record set after a death also finds the switch. */
+	if (commit)
+		__atomic_store_n(commit, 1, __ATOMIC_RELEASE);
+	open_gates(devices, count);
+	*gate_ns = now_ns() - begin;
+	return 0;
+}
+
+int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms)
+{
+	uint64_t deadline = now_ns() + timeout_ms * NS_PER_MS;
+
+	while (!bsu_grace_passed(device)) {
+		if (now_ns() >= deadline)
+			return -ETIMEDOUT;
+		nap();
+	}
+	bsu_switch_finish(device);
+	return 0;
+}
+
+int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,
+			 unsigned int limit_ms)
+{
+	uint64_t deadline = now_ns() + limit_ms * NS_PER_MS;
+	uint64_t start, length, sent = 0;
+	bool more = true;
+	unsigned int late;
+	int ret, res = 0;
+
+	if (!slice)
+		return -EINVAL;
+	ret = close_gates(&device, 1, true, deadline, &late);
+	if (ret)
+		return ret;
+	/* No limit on the trims themselves: one that is late must not meet a newer write. */
+	while (sent < slice && !res) {
+		more = bsu_device_next_swallowed(device, slice - sent, &start, &length);
+		if (!more)
+			break;
+		sent += length;
+		res = bsu_thread_discard(thread, origin, start, length);
+		if (res == -EOPNOTSUPP)
+			res = 0;
+	}
+	bsu_gate_open(device);
+	return res ? res : more;
+}

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Devices: filtered, plain (loop) and null."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from blksnap_ublk.engine._engine import ffi, lib
+from blksnap_ublk.engine.file import File
+from blksnap_ublk.engine.handle import Handle, check, create, pin
+
+if TYPE_CHECKING:
+    from blksnap_ublk.engine.image import Image
+
+
+class Device(Handle):
+    """What queues serve. Without an origin a null device; without a bitmap changes are not tracked."""
+
+    _name = "device"
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        block: int = 512,
+        unit: int = 4096,
+        tracking_block: int = 0,
+        origin: File | None = None,
+        bitmap: Any = None,
+        swallowed: Any = None,
+        copy_limit_ns: int = 0,
+    ) -> None:
+        """`block`, `unit`, `tracking_block`: bytes, powers of two, in ascending order.
+
+        `bitmap`: the active bitmap, a bit for each tracking block, whole pages, writable; kept until it was replaced
+        and settled. `swallowed`: a bit for each tracking block, or None. `copy_limit_ns`: 0 for 30 s. OSError(EINVAL)
+        where the sizes do not fit each other.
+        """
+        self.size = size
+        self.origin = origin
+        self._bitmap = None if bitmap is None else pin(bitmap)
+        self._swallowed = None if swallowed is None else pin(swallowed)
+        self._replaced: list[Any] = []
+        config = ffi.new(
+            "struct bsu_device_config *",
+            {
+                "size": size,
+                "block": block,
+                "unit": unit,
+                "tracking_block": tracking_block,
+                "origin": ffi.NULL if origin is None else origin.pointer,
+                "bitmap": ffi.NULL if self._bitmap is None else self._bitmap,
+                "swallowed": ffi.NULL if self._swallowed is None else self._swallowed,
+                "copy_limit_ns": copy_limit_ns,
+            },
+        )
+        super().__init__(create(lib.bsu_device_new, config, what="device"))
+        if origin is not None:
+            origin.hold()
+
+    def prepare_take(self, image: Image) -> None:
+        """First step of a take: what can fail. Followed by `switch_all` and `settle`, or by `cancel`."""
+        check(lib.bsu_prepare_take(self.pointer, image.pointer), "preparing to take an image")
+
+    def prepare_drop(self, image: Image) -> None:
+        """First step of taking an image out."""
+        check(lib.bsu_prepare_drop(self.pointer, image.pointer), "preparing to drop an image")
+
+    def cancel(self) -> None:
+        """Undoes a prepare that was not switched."""
+        lib.bsu_prepare_cancel(self.pointer)
+
+    def mark(self, start: int, length: int) -> None:
+        """Forces blocks into the next increment. OSError(EAGAIN) while the gate is closed."""
+        check(lib.bsu_device_mark(self.pointer, start, length), "marking blocks as changed")
+
+    def close_gate(self) -> None:
+        """Parks the writes that arrive from now on. For tests; `switch_all` does it by itself."""
+        lib.bsu_gate_close(self.pointer)
+
+    @property
+    def drained(self) -> bool:
+        """Whether no write that passed the gate is still in flight."""
+        return bool(lib.bsu_gate_drained(self.pointer))
+
+    def open_gate(self) -> None:
+        """Lets parked writes go on."""
+        lib.bsu_gate_open(self.pointer)
+
+    def replaced(self, bitmap: Any) -> None:
+        """Of `switch_all`: `bitmap`, pinned, is the active one now; the one before is in use until `settle`."""
+        if self._bitmap is not None:
+            self._replaced.append(self._bitmap)
+        self._bitmap = bitmap
+
+    def settled(self) -> None:
+        """Of `settle`: nobody uses the replaced bitmaps any more."""
+        while self._replaced:
+            ffi.release(self._replaced.pop())
+
+    def _free(self, pointer: Any) -> None:
+        check(lib.bsu_device_free(pointer), "closing a device")
+        if self.origin is not None:
+            self.origin.let_go()
+        self.settled()
+        for pinned in (self._bitmap, self._swallowed):
+            if pinned is not None:
+                ffi.release(pinned)
+        self._bitmap = self._swallowed = None

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Images: a device as it was at an instant."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from blksnap_ublk.engine._engine import ffi, lib
+from blksnap_ublk.engine.device import Device
+from blksnap_ublk.engine.handle import Handle, check, create, pin
+from blksnap_ublk.engine.storage import Arena, Storage
+
+
+class ImageStatus(enum.IntEnum):
+    """Whether an image can be trusted."""
+
+    ACTIVE = lib.BSU_IMAGE_ACTIVE
+    OVERFLOWN = lib.BSU_IMAGE_OVERFLOWN
+    CORRUPTED = lib.BSU_IMAGE_CORRUPTED
+    GONE = lib.BSU_IMAGE_GONE
+
+
+class Image(Handle):
+    """One image of a device. It shows nothing before it was taken; it can be closed when it was dropped and settled."""
+
+    _name = "image"
+
+    def __init__(self, device: Device, storage: Storage, arena: Arena, state: Any, *, serial: int) -> None:
+        """`state`: state_bytes() zeroed, writable bytes, shared with whoever watches; kept until close.
+
+        `serial`: 1 to 2^24 - 1, names the map in the records of the storage.
+        """
+        pinned = pin(state)
+        self._state = pinned
+        config = ffi.new(
+            "struct bsu_image_config *",
+            {
+                "device": device.pointer,
+                "storage": storage.pointer,
+                "arena": arena.pointer,
+                "state": pinned,
+                "serial": serial,
+            },
+        )
+        super().__init__(create(lib.bsu_image_new, config, what="image"))
+        self.device = device
+        self._parts = (storage.hold(), arena.hold())
+
+    @staticmethod
+    def state_bytes(size: int, unit: int = 4096) -> int:
+        """Bytes of the shared state of an image of a device of `size` bytes."""
+        return int(lib.bsu_image_state_bytes(size, unit))
+
+    @property
+    def status(self) -> tuple[ImageStatus, int]:
+        """The status, and the errno that broke it (0 while active)."""
+        error = ffi.new("int *")
+        status = ImageStatus(lib.bsu_image_status(self.pointer, error))
+        return status, int(error[0])
+
+    def break_(self, status: ImageStatus, error: int) -> None:
+        """Marks it as broken, `error` being an errno; the first reason stays."""
+        lib.bsu_image_break(self.pointer, status, error)
+
+    @property
+    def preserved(self) -> int:
+        """Bytes preserved for it."""
+        return int(lib.bsu_image_preserved(self.pointer))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no queue or I/O refers to it."""
+        return bool(lib.bsu_image_idle(self.pointer))
+
+    def _free(self, pointer: Any) -> None:
+        check(lib.bsu_image_free(pointer), "closing an image")
+        ffi.release(self._state)
+        for part in self._parts:
+            part.let_go()

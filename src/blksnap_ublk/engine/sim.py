@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""The scripted executor: devices and images on byte arrays, where the caller decides the order and result of every I/O.
+
+For tests. Nothing happens by itself: I/O that the core submits waits for `complete`, queues that were woken wait for `run`,
+the clock waits for `tick`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from blksnap_ublk.engine._engine import ffi, lib
+from blksnap_ublk.engine.device import Device
+from blksnap_ublk.engine.file import File
+from blksnap_ublk.engine.handle import Handle, check, pin
+from blksnap_ublk.engine.image import Image
+from blksnap_ublk.engine.request import Flags, Op
+from blksnap_ublk.engine.storage import Arena
+
+ALL = 2**31 - 1
+"""Result of an I/O that did everything."""
+
+NEED_COPY: int = lib.BSU_NEED_COPY
+"""Flag of a request whose pages cannot be used in place."""
+
+SLOT_BAD = 2**32 - 1
+"""What a map has for a unit that could not be read."""
+
+_MOST = 256
+
+
+class SimIo(NamedTuple):
+    """An I/O that the core submitted. `request`: whose, 0 for a copy; `unit`, `units`: what a copy preserves.
+
+    `again`: the rest of one that was short, or a repetition.
+    """
+
+    id: int
+    request: int
+    offset: int
+    length: int
+    unit: int
+    units: int
+    file: int
+    queue: int
+    op: Op
+    flags: Flags
+    again: bool
+
+
+class SimResult(NamedTuple):
+    """A completed request: bytes or a negative errno; `data_error`: what `fail_data` did to it."""
+
+    id: int
+    result: int
+    queue: int
+    data_error: int
+
+
+class SimFile(File):
+    """A byte array. `data` is what it holds at the moment; valid as long as its simulator."""
+
+    def __init__(self, sim: Simulator, index: int, size: int) -> None:
+        Handle.__init__(self, lib.bsu_sim_file(sim.pointer, index))
+        self.index = index
+        self.data: Any = ffi.buffer(lib.bsu_sim_data(sim.pointer, index), size)
+
+    def _free(self, pointer: Any) -> None:
+        """Freed with its simulator."""
+
+
+class Simulator(Handle):
+    """Files, threads (pools of buffers) and queues. To be closed when its queues are deleted and their devices closed."""
+
+    _name = "simulator"
+
+    def __init__(self) -> None:
+        super().__init__(lib.bsu_sim_new())
+        self._ios = ffi.new("struct bsu_sim_io[]", _MOST)
+        self._results = ffi.new("struct bsu_sim_result[]", _MOST)
+
+    def add_file(self, size: int) -> SimFile:
+        """A file of `size` zeroes."""
+        return SimFile(self, check(lib.bsu_sim_add_file(self.pointer, size), "simulated file"), size)
+
+    def add_thread(self, pool_bytes: int) -> int:
+        """A pool that queues share; its index. At least 2 MiB."""
+        return check(lib.bsu_sim_add_thread(self.pointer, pool_bytes), "simulated thread")
+
+    def pool_used(self, thread: int) -> int:
+        """Bytes of the pool handed out at the moment."""
+        return int(lib.bsu_sim_pool_used(self.pointer, thread))
+
+    def add_queue(
+        self, thread: int, *, device: Device | None = None, image: Image | None = None, depth: int, zero_copy: bool
+    ) -> int:
+        """A queue of the device or of the image; its index."""
+        served = [ffi.NULL if part is None else part.pointer for part in (device, image)]
+        return check(lib.bsu_sim_add_queue(self.pointer, thread, *served, depth, zero_copy), "simulated queue")
+
+    def del_queue(self, queue: int) -> None:
+        """OSError(EBUSY) while it is not idle."""
+        check(lib.bsu_sim_del_queue(self.pointer, queue), "deleting a simulated queue")
+
+    def request(self, queue: int, op: int, flags: int, start: int, length: int, data: Any = None) -> int | None:
+        """Starts a request, returns its id; None when all tags are taken. `data`: writable, kept by the caller until the end."""
+        memory = ffi.NULL if data is None else ffi.from_buffer(data)
+        result = int(lib.bsu_sim_request(self.pointer, queue, op, flags, start, length, memory))
+        return None if result == -errno.EBUSY else check(result, "request")
+
+    def results(self) -> list[SimResult]:
+        """Requests completed since the last call."""
+        found = []
+        while count := lib.bsu_sim_results(self.pointer, self._results, _MOST):
+            for index in range(count):
+                at = self._results[index]
+                found.append(SimResult(at.id, at.res, at.queue, at.data_error))
+        return found
+
+    def started(self) -> list[SimIo]:
+        """I/O submitted since the last call and not completed, oldest first."""
+        found = []
+        while count := lib.bsu_sim_started(self.pointer, self._ios, _MOST):
+            for index in range(count):
+                at = self._ios[index]
+                found.append(
+                    SimIo(
+                        at.id,
+                        at.request,
+                        at.offset,
+                        at.length,
+                        at.unit,
+                        at.units,
+                        at.file,
+                        at.queue,
+                        Op(at.op),
+                        Flags(at.flags),
+                        bool(at.again),
+                    )
+                )
+        return found
+
+    def apply(self, io: int) -> None:
+        """The data of an I/O move now; `complete` follows. OSError(EALREADY) the second time."""
+        check(lib.bsu_sim_apply(self.pointer, io), "applying an I/O")
+
+    def complete(self, io: int, result: int = ALL) -> None:
+        """Completes an I/O: a negative errno (data not moved unless applied), a short count, or ALL."""
+        check(lib.bsu_sim_complete(self.pointer, io, result), "completing an I/O")
+
+    def fail_data(self, error: int) -> None:
+        """The next copy of data to or from a request fails with this errno."""
+        lib.bsu_sim_fail_data(self.pointer, -error)
+
+    def woken(self, queue: int) -> bool:
+        """Whether the queue has something to run."""
+        return bool(lib.bsu_sim_woken(self.pointer, queue))
+
+    def run(self, queue: int | None = None) -> None:
+        """A queue that was woken runs; without `queue` all of them, until none is woken."""
+        if queue is None:
+            lib.bsu_sim_run(self.pointer)
+        else:
+            lib.bsu_sim_run_queue(self.pointer, queue)
+
+    def tick(self, ns: int) -> None:
+        """Moves the clock, and lets all queues look at it."""
+        lib.bsu_sim_tick(self.pointer, ns)
+
+    def notified(self) -> int:
+        """How often the core notified the control side since the last call."""
+        return int(lib.bsu_sim_notified(self.pointer))
+
+    def switch(self, devices: Sequence[Device], bitmaps: Sequence[Any]) -> None:
+        """Switches prepared devices whose gates are closed and drained; `bitmaps` as in `engine.switch_all`."""
+        for device, bitmap in zip(devices, bitmaps, strict=True):
+            pinned = None if bitmap is None else pin(bitmap)
+            lib.bsu_switch(device.pointer, ffi.NULL if pinned is None else pinned)
+            if pinned is not None:
+                device.replaced(pinned)
+        for device in devices:
+            if not lib.bsu_grace_passed(device.pointer):
+                raise AssertionError("one thread, and it is in the core and here")
+            lib.bsu_switch_finish(device.pointer)
+            device.settled()
+
+    def next_swallowed(self, device: Device, most: int) -> tuple[int, int] | None:
+        """Start and length of the next swallowed trim, at most `most` bytes; it is forgotten. None when there is none."""
+        start, length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        if not lib.bsu_device_next_swallowed(device.pointer, most, start, length):
+            return None
+        return int(start[0]), int(length[0])
+
+    @property
+    def violation(self) -> str:
+        """The first rule of csrc/sim/watch.c that the core broke; empty if none."""
+        return str(ffi.string(lib.bsu_sim_violation(self.pointer)).decode())
+
+    @staticmethod
+    def slot(image: Image, unit: int) -> int:
+        """What the image's own map has for a unit: 0, a place plus one, or SLOT_BAD."""
+        return int(lib.bsu_sim_slot(image.pointer, unit))
+
+    @staticmethod
+    def first_wrong(image: Image, expected: Any, start: int = 0) -> int | None:
+        """First unit from `start` on for which the image would not give `expected` (all of the device) at this moment."""
+        unit = int(lib.bsu_sim_first_wrong(image.pointer, ffi.from_buffer(expected), start))
+        return None if unit == -errno.ENOENT else unit
+
+    def _free(self, pointer: Any) -> None:
+        lib.bsu_sim_free(pointer)
+
+
+class HeldMapMemory(Handle):
+    """All free pages of an arena but `leave`, until given back."""
+
+    _name = "hold on map memory"
+
+    def __init__(self, arena: Arena, *, leave: int) -> None:
+        super().__init__(lib.bsu_sim_hold_map(arena.pointer, leave))
+
+    def give_back(self, pages: int) -> int:
+        """Returns how many are still held."""
+        return int(lib.bsu_sim_give_map(self.pointer, pages))
+
+    def _free(self, pointer: Any) -> None:
+        lib.bsu_sim_free_held(pointer)
+
+
+def set_mutant(number: int) -> None:
+    """Chooses a seeded bug, 0 for none. OSError(ENOTSUP) in a build that has none."""
+    check(lib.bsu_sim_set_mutant(number), "seeded bugs")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""One instant for several devices, and what follows a switch."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from blksnap_ublk.engine._engine import ffi, lib
+from blksnap_ublk.engine.device import Device
+from blksnap_ublk.engine.file import File
+from blksnap_ublk.engine.handle import check, pin
+from blksnap_ublk.engine.thread import Thread
+
+
+class Late(TimeoutError):
+    """Writes of a device did not end within the limit; nothing was switched. `index`: which of the devices."""
+
+    def __init__(self, index: int, limit_ms: int) -> None:
+        super().__init__(errno.ETIMEDOUT, f"writes in flight did not end within {limit_ms} ms")
+        self.index = index
+
+
+def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: int = 2000, commit: Any = None) -> int:
+    """Switches all devices, each to what it was prepared for, at one instant; returns how many ns gates were closed.
+
+    `bitmaps`: for each device its next active bitmap (zeroed, writable, whole pages), or None to go on with the present
+    one. `commit`: writable memory whose first 32-bit word becomes 1 with the switch, or None. Devices stacked on one
+    another come top first. Raises Late.
+    """
+    pinned = [None if bitmap is None else pin(bitmap) for bitmap in bitmaps]
+    if len(pinned) != len(devices):
+        raise ValueError(f"{len(devices)} devices and {len(pinned)} bitmaps")
+    record = ffi.NULL if commit is None else pin(commit)
+    gate_ns = ffi.new("uint64_t *")
+    late = ffi.new("unsigned int *")
+    result = lib.bsu_switch_all(
+        [device.pointer for device in devices],
+        [ffi.NULL if bitmap is None else bitmap for bitmap in pinned],
+        len(devices),
+        limit_ms,
+        ffi.cast("uint32_t *", record),
+        gate_ns,
+        late,
+    )
+    if commit is not None:
+        ffi.release(record)
+    if result < 0:
+        for bitmap in pinned:
+            if bitmap is not None:
+                ffi.release(bitmap)
+        if result == -errno.ETIMEDOUT:
+            raise Late(late[0], limit_ms)
+        check(result, "switch")
+    for device, bitmap in zip(devices, pinned, strict=True):
+        if bitmap is not None:
+            device.replaced(bitmap)
+    return int(gate_ns[0])
+
+
+def settle(device: Device, *, timeout_ms: int = 10_000) -> None:
+    """After a switch: waits until nobody uses what it replaced, lets go of that. OSError(ETIMEDOUT): call it again."""
+    check(lib.bsu_switch_settle(device.pointer, timeout_ms), "settling a switch")
+    device.settled()
+
+
+def replay_swallowed(
+    thread: Thread, device: Device, origin: File, *, slice_bytes: int = 64 << 20, limit_ms: int = 2000
+) -> bool:
+    """Sends trims that were swallowed while an image was held to the origin, through a thread that has its barrier.
+
+    The gate is closed meanwhile, for at most `slice_bytes`. Returns True while there are more. OSError(ETIMEDOUT) when
+    writes in flight have not ended after `limit_ms`.
+    """
+    return bool(
+        check(
+            lib.bsu_replay_swallowed(thread.pointer, device.pointer, origin.pointer, slice_bytes, limit_ms),
+            "sending swallowed trims",
+        )
+    )
