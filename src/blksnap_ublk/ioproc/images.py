@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Images: opened, served, finished, forgotten. How they get into the set of their device is in `instants`."""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from blksnap_ublk.engine import Image, ImageStatus, UblkQueue, UblkStatus
+from blksnap_ublk.ioproc.devices import FINISH_LIMIT, OPEN_LIMIT, Devices, FilteredDevice, backend_info, expect
+from blksnap_ublk.ioproc.image_threads import ImageThread, ImageThreads
+from blksnap_ublk.ioproc.messages import FinishImage, ImageReport, OpenImage, ServeDevice, ServeImage
+from blksnap_ublk.ioproc.state_map import StateMap
+from blksnap_ublk.ioproc.storages import DifferenceStorage, MapMemory, Storages
+from blksnap_ublk.rpc.descriptors import Descriptors
+from blksnap_ublk.ublk.negotiation import DataPath
+from blksnap_ublk.ublk.serving import Backend, finish_queues, open_char, start_queues
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class HeldImage:
+    """An image. `taken`: it is, or was, in its device's set; `dropped`: it is out of it, about to be forgotten."""
+
+    name: str
+    device: FilteredDevice
+    storage: DifferenceStorage
+    image: Image
+    state: StateMap
+    taken: bool = False
+    dropped: bool = False
+    ublk_id: int | None = None
+    char: int = -1
+    thread: ImageThread | None = None
+    queues: list[UblkQueue] = field(default_factory=list)
+    reported: ImageStatus = ImageStatus.ACTIVE
+
+    @property
+    def serving(self) -> bool:
+        """Whether its queue is armed."""
+        return bool(self.queues) and all(queue.status is UblkStatus.ARMED for queue in self.queues)
+
+
+class Images:
+    """All images, by name."""
+
+    def __init__(self, devices: Devices, storages: Storages, map_memory: MapMemory, threads: ImageThreads) -> None:
+        self._devices = devices
+        self._storages = storages
+        self._map_memory = map_memory
+        self._threads = threads
+        self._images: dict[str, HeldImage] = {}
+
+    def find(self, name: str) -> HeldImage:
+        """Raises OSError(ENOENT)."""
+        try:
+            return self._images[name]
+        except KeyError:
+            raise OSError(errno.ENOENT, f"there is no image {name!r}") from None
+
+    def all(self) -> Sequence[HeldImage]:
+        """In the order in which they were opened."""
+        return list(self._images.values())
+
+    def open(self, message: OpenImage, descriptors: Descriptors) -> None:
+        """Raises OSError; EEXIST for a name that is taken, EINVAL for a storage of another unit or a wrong serial."""
+        expect(descriptors, 1, message)
+        if message.image in self._images:
+            raise OSError(errno.EEXIST, f"there is an image {message.image!r} already")
+        device = self._devices.find(message.device)
+        storage = self._storages.find(message.storage)
+        state = StateMap(descriptors[0], Image.state_bytes(device.size, device.unit), "image state")
+        try:
+            arena = self._map_memory.arena
+            image = Image(device.device, storage.storage, arena, state.memory, serial=message.serial)
+        except BaseException:
+            state.close()
+            raise
+        self._images[message.image] = HeldImage(message.image, device, storage, image, state)
+        device.images.add(message.image)
+        storage.images.add(message.image)
+
+    def serve(self, message: ServeImage) -> None:
+        """Returns when the queue is armed. Raises OSError; EINVAL before the image is taken or its device served."""
+        image = self.find(message.image)
+        if image.char >= 0:
+            raise OSError(errno.EBUSY, f"image {image.name!r} is served already, or was and is not finished")
+        if not image.taken or image.dropped:
+            raise OSError(errno.EINVAL, f"image {image.name!r} is not taken")
+        if image.device.char < 0:
+            raise OSError(
+                errno.EINVAL, f"device {image.device.name!r} is not served, so it has no barrier for its images"
+            )
+        as_device = ServeDevice(
+            device=image.name,
+            ublk_id=message.ublk_id,
+            queues=1,
+            depth=message.depth,
+            desc_size=message.desc_size,
+            flags=message.flags,
+            zero_copy=message.zero_copy,
+        )
+        info = backend_info(as_device, 1)
+        path = DataPath.ZERO_COPY if message.zero_copy else DataPath.COPY
+        with ExitStack() as undo:
+            char = open_char(message.ublk_id, timeout=OPEN_LIMIT)
+            undo.callback(os.close, char)
+            thread = self._threads.take(message.depth, image.device.name, image.device.char)
+            undo.callback(self._threads.give, thread, image.device.name)
+            # If this fails no queue is left; should single tags be, the thread stays until they have come back.
+            queues = start_queues([thread.thread], char, info, path, Backend(image=image.image))
+            undo.pop_all()
+        image.ublk_id, image.char, image.thread, image.queues = message.ublk_id, char, thread, queues
+
+    def finish(self, message: FinishImage) -> None:
+        """Raises OSError; ETIMEDOUT while its ublk device is not stopped: call it again then."""
+        image = self.find(message.image)
+        finish_queues(image.queues, timeout=FINISH_LIMIT)
+        if image.thread is not None:
+            self._threads.give(image.thread, image.device.name)
+            image.thread = None
+        if image.char >= 0:
+            os.close(image.char)
+            image.char = -1
+        image.ublk_id = None
+
+    def forget(self, image: HeldImage) -> None:
+        """For an image that is not served and not in its device's set. Raises OSError(EBUSY) while it is used."""
+        image.image.close()
+        del self._images[image.name]
+        image.device.images.discard(image.name)
+        image.storage.images.discard(image.name)
+        image.state.close()
+
+    def reports(self) -> list[ImageReport]:
+        """All images, for the inventory."""
+        return [self._report(image) for image in self._images.values()]
+
+    def log_broken(self) -> None:
+        """Log each image that was broken since the last time."""
+        for image in self._images.values():
+            status, error = image.image.status
+            if status is not image.reported:
+                image.reported = status
+                if status in (ImageStatus.OVERFLOWN, ImageStatus.CORRUPTED):
+                    log.error("image %s is %s: %s", image.name, status.name.lower(), os.strerror(error))
+
+    @staticmethod
+    def _report(image: HeldImage) -> ImageReport:
+        status, error = image.image.status
+        return ImageReport(
+            image=image.name,
+            ublk_id=image.ublk_id,
+            serving=image.serving,
+            taken=image.taken and not image.dropped,
+            status=status.name.lower(),
+            error=error,
+            preserved=image.image.preserved,
+        )

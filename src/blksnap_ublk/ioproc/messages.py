@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""What the control process asks of the io process.
+
+One message is one SOCK_SEQPACKET datagram of JSON; descriptors travel with it (SCM_RIGHTS) in the order
+the docstring of the message names. The io process answers each message with exactly one `Done` or `Refused`.
+It opens nothing but /dev/ublkcN itself. All sizes and offsets are bytes.
+
+Names (`device`, `image`, `storage`) are chosen by the control process and stay the same over its restarts.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """First message of a connection; answered by `Inventory` in `Done.inventory`."""
+
+    version: int
+
+
+class OpenDevice(msgspec.Struct, tag="open-device", frozen=True):
+    """Make a filtered device. Descriptors: origin, active bitmap file, swallowed-trims file."""
+
+    device: str
+    size: int
+    block: int
+    unit: int
+    tracking_block: int
+
+
+class ServeDevice(msgspec.Struct, tag="serve-device", frozen=True):
+    """Open /dev/ublkcN and arm all queues; START_DEV (or END_USER_RECOVERY) is sent by the control process meanwhile.
+
+    Answered when all queues are armed. After a refusal some tags may be armed: stop or delete the ublk device, then
+    CloseDevice (which is EBUSY or ETIMEDOUT before that).
+    """
+
+    device: str
+    ublk_id: int
+    queues: int
+    depth: int
+    desc_size: int
+    flags: int
+    zero_copy: bool
+
+
+class CloseDevice(msgspec.Struct, tag="close-device", frozen=True):
+    """After STOP_DEV: let the queues end, close /dev/ublkcN and forget the device. Also undoes a half-made one.
+
+    Refused with EBUSY while it has images, with ETIMEDOUT when the queues have not ended after 10 s: ask again.
+    """
+
+    device: str
+
+
+class OpenStorage(msgspec.Struct, tag="open-storage", frozen=True):
+    """Make a difference storage without areas. Descriptors: storage state file."""
+
+    storage: str
+    unit: int
+
+
+class AddArea(msgspec.Struct, tag="add-area", frozen=True):
+    """Append an area. Descriptors: the file or block device, the records file."""
+
+    storage: str
+    offset: int
+    length: int
+
+
+class CloseStorage(msgspec.Struct, tag="close-storage", frozen=True):
+    """Forget a storage. Refused with EBUSY while an image uses it."""
+
+    storage: str
+
+
+class AddMapMemory(msgspec.Struct, tag="add-map-memory", frozen=True):
+    """Add portions of map memory. Descriptors: one file for each portion (16 MiB, allocated and zeroed).
+
+    The inventory tells which of them were added if it is refused.
+    """
+
+    portions: list[str]
+
+
+class OpenImage(msgspec.Struct, tag="open-image", frozen=True):
+    """Make an image that is not taken yet. Descriptors: image state file."""
+
+    image: str
+    device: str
+    storage: str
+    serial: int
+
+
+class ServeImage(msgspec.Struct, tag="serve-image", frozen=True):
+    """Like ServeDevice, for an image that has been taken, of a device that is served. One queue.
+
+    After a refusal nothing of it is left here, but delete the ublk device.
+    """
+
+    image: str
+    ublk_id: int
+    depth: int
+    desc_size: int
+    flags: int
+    zero_copy: bool
+
+
+class FinishImage(msgspec.Struct, tag="finish-image", frozen=True):
+    """After STOP_DEV of the image's ublk device: let its queue end and close /dev/ublkcN. The image itself stays."""
+
+    image: str
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One device of a take, with its image and (as the next descriptor) the file of its next active bitmap."""
+
+    device: str
+    image: str
+
+
+class Take(msgspec.Struct, tag="take", frozen=True):
+    """One instant for all members: gates closed, drained, switched, opened.
+
+    Descriptors: the next bitmap of each member, then the commit file. Members stacked on one another come top first.
+    `Done.gate_us` is how long the first gate was closed. Refused with errno ETIMEDOUT and `Refused.member` when a
+    device was not drained in time; nothing is switched then. The commit file (4096 bytes) gets its first
+    32-bit word set to 1 while the gates are still closed.
+    """
+
+    members: list[Member]
+    limit_ms: int
+
+
+class Drop(msgspec.Struct, tag="drop", frozen=True):
+    """Take an image out of its device (after FinishImage) and forget it; also undoes OpenImage.
+
+    Trims that were swallowed are sent, after the answer, when it was the last image of its device. Refused with
+    ETIMEDOUT when writes of the device or reads of the image do not end: ask again, it goes on where it was.
+    """
+
+    image: str
+
+
+class Mark(msgspec.Struct, tag="mark", frozen=True):
+    """Force ranges of (start, length) into the next increment."""
+
+    device: str
+    ranges: list[tuple[int, int]]
+
+
+class Status(msgspec.Struct, tag="status", frozen=True):
+    """Answered by `Done.inventory`."""
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """End the process. Queues that still serve a device are left to recovery."""
+
+
+Message = (
+    Hello
+    | OpenDevice
+    | ServeDevice
+    | CloseDevice
+    | OpenStorage
+    | AddArea
+    | CloseStorage
+    | AddMapMemory
+    | OpenImage
+    | ServeImage
+    | FinishImage
+    | Take
+    | Drop
+    | Mark
+    | Status
+    | Shutdown
+)
+
+
+class DeviceReport(msgspec.Struct, frozen=True):
+    """A device as the io process has it. `serving`: its queues are armed. Counters are requests, `copied` bytes.
+
+    They count from when the device was served.
+    """
+
+    device: str
+    ublk_id: int | None
+    serving: bool
+    reads: int = 0
+    writes: int = 0
+    discards: int = 0
+    copies: int = 0
+    copied: int = 0
+    waits: int = 0
+    parked: int = 0
+
+
+class ImageReport(msgspec.Struct, frozen=True):
+    """An image as the io process has it. `status`: active, overflown, corrupted; `error`: errno, 0 while active."""
+
+    image: str
+    ublk_id: int | None
+    serving: bool
+    taken: bool
+    status: str
+    error: int
+    preserved: int
+
+
+class StorageReport(msgspec.Struct, frozen=True):
+    """A storage as the io process has it; `areas`: bytes used in each."""
+
+    storage: str
+    used: int
+    capacity: int
+    areas: list[int]
+
+
+class Inventory(msgspec.Struct, frozen=True):
+    """All that the io process holds. `pid`: what START_DEV wants."""
+
+    version: int
+    pid: int
+    devices: list[DeviceReport]
+    images: list[ImageReport]
+    storages: list[StorageReport]
+    map_memory: int
+    map_memory_free: int
+    portions: list[str]
+
+
+class Done(msgspec.Struct, tag="done", frozen=True):
+    """The message was carried out."""
+
+    inventory: Inventory | None = None
+    gate_us: int = 0
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """Nothing was changed. `errno` positive; `text` one line; `member`: the device of a Take that was late."""
+
+    errno: int
+    text: str
+    member: str | None = None
+
+
+Answer = Done | Refused
+
+VERSION = 1

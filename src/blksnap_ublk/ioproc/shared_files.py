@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Files of origins and areas: one for each inode or block device, however many areas it has."""
+
+import os
+import stat
+from dataclasses import dataclass
+
+from blksnap_ublk.engine import File
+
+
+@dataclass
+class SharedFile:
+    """A file with its users counted."""
+
+    file: File
+    key: tuple[bool, bool, int, int]
+    users: int = 1
+
+
+class SharedFiles:
+    """All files that I/O is done on. An origin and an area never share one: their I/O goes to different rings."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[bool, bool, int, int], SharedFile] = {}
+
+    def get(self, descriptor: int, *, storage: bool) -> SharedFile:
+        """The file of `descriptor`, which stays the caller's. Raises OSError; EINVAL for what has no blocks."""
+        status = os.fstat(descriptor)
+        is_device = stat.S_ISBLK(status.st_mode)
+        key = (storage, is_device, *((status.st_rdev, 0) if is_device else (status.st_dev, status.st_ino)))
+        shared = self._files.get(key)
+        if shared is None:
+            shared = self._files[key] = SharedFile(File(descriptor, storage=storage), key)
+        else:
+            shared.users += 1
+        return shared
+
+    def put(self, shared: SharedFile) -> None:
+        """One user less; the last one's file is closed."""
+        shared.users -= 1
+        if shared.users == 0:
+            del self._files[shared.key]
+            shared.file.close()

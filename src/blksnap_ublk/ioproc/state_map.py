@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""State files, mapped."""
+
+import errno
+import mmap
+import os
+from contextlib import suppress
+
+
+class StateMap:
+    """A state file mapped shared, all of it resident from the beginning."""
+
+    def __init__(self, descriptor: int, least: int, what: str) -> None:
+        """`least`: bytes that are needed. The descriptor stays the caller's.
+
+        Raises OSError(EINVAL) for a file that is shorter or has holes: touching a hole of a full tmpfs would end the
+        process.
+        """
+        status = os.fstat(descriptor)
+        if status.st_size < least:
+            raise OSError(errno.EINVAL, f"{what}: {status.st_size} bytes, {least} are needed")
+        if status.st_blocks * 512 < status.st_size:
+            raise OSError(
+                errno.EINVAL, f"{what}: only {status.st_blocks * 512} of {status.st_size} bytes are allocated"
+            )
+        self.memory = mmap.mmap(descriptor, status.st_size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+    def close(self) -> None:
+        """Unmap it; what uses the memory must have been closed before. May be called again."""
+        # An exception on its way may still refer to it; the mapping goes when that has gone.
+        with suppress(BufferError):
+            self.memory.close()
