@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+PYTHON := .venv/bin/python
+ENGINE := src/blksnap_ublk/engine/_engine.abi3.so
+ENGINE_SOURCES := $(wildcard csrc/Makefile csrc/*.h csrc/*/*.[ch]) setup.py src/blksnap_ublk/engine/build.py
+SHELL := /bin/bash
+
+.PHONY: help setup build demo test lint bench clean
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## install what is missing: packages of the distribution, .venv
+	@scripts/setup
+
+.venv/.set-up: pyproject.toml setup.py scripts/setup
+	@scripts/setup
+	@touch $@
+
+build: .venv/.set-up $(ENGINE) ## build the engine; quick where nothing changed
+
+$(ENGINE): $(ENGINE_SOURCES)
+	@mkdir -p build/plain
+	@env -u BSU_SANITIZE -u BSU_COVERAGE -u BSU_MUTANTS $(PYTHON) setup.py -q build_ext --build-temp build/plain/temp --inplace
+	@touch $@
+
+demo: setup build ## snapshots and changed blocks on a real ublk device, told in plain words
+	@scripts/with-ublk -m 4G -t 1800 -- $(PYTHON) demo/scenario.py
+
+test: setup build ## everything: unit tests here, device tests on a kernel with ublk
+	@scripts/test
+
+lint: build ## ruff, mypy, and the C sources without a warning
+	@scripts/lint
+
+bench: setup build ## speeds, as ratios of runs side by side
+	@scripts/with-ublk -m 4G -t 3600 -- $(PYTHON) bench/run.py
+
+clean: ## remove what was built (.venv stays)
+	rm -rf build $(ENGINE) src/*.egg-info
