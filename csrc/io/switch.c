@@ -11,6 +11,7 @@
 
 #define NS_PER_MS 1000000ull
 #define NAP_NS 30000
+#define REPLAY_NS (10 * NS_PER_MS)
 
 static uint64_t now_ns(void)
 {
@@ -122,7 +123,7 @@ int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, s
 			 unsigned int limit_ms)
 {
 	uint64_t deadline = now_ns() + limit_ms * NS_PER_MS;
-	uint64_t start, length, sent = 0;
+	uint64_t start, length, stop, sent = 0;
 	bool more = true;
 	unsigned int late;
 	int ret, res = 0;
@@ -132,8 +133,12 @@ int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, s
 	ret = close_gates(&device, 1, true, deadline, &late);
 	if (ret)
 		return ret;
-	/* No limit on the trims themselves: one that is late must not meet a newer write. */
-	while (sent < slice && !res) {
+	/*
+	 * No limit on a trim itself: one that is late must not meet a newer write.
+	 * But writers wait, and a scattered list is many trims.
+	 */
+	stop = now_ns() + REPLAY_NS;
+	while (sent < slice && !res && now_ns() < stop) {
 		more = bsu_device_next_swallowed(device, slice - sent, &start, &length);
 		if (!more)
 			break;

@@ -21,6 +21,7 @@ enum {
 	MAX_SLOTS = 16384,		/* of a ring's buffer table */
 	CQES_PER_SQE = 16,
 	MAX_CQES = 32768,
+	AWAKE_PASSES = 8,
 };
 
 /* ---- rings ---- */
@@ -40,6 +41,8 @@ static int ring_init(struct bsu_thread *thread, struct bsu_ring *ring, unsigned 
 	ret = io_uring_queue_init_params(thread->config.entries, &ring->uring, &params);
 	if (ret)
 		return ret;
+	/* A forked child must not hold the ring, nor what its tables hold. */
+	io_uring_ring_dontfork(&ring->uring);
 	/* Spares each system call a look-up; not needed. */
 	io_uring_register_ring_fd(&ring->uring);
 
@@ -132,12 +135,15 @@ static void answer_messages(struct bsu_thread *thread)
 	}
 }
 
-/* Runs everything that was woken, until nothing is. */
+/*
+ * Runs what was woken, and what that wakes. Not for ever: requests that end at
+ * once and come again must not keep the rings and messages waiting.
+ */
 static void run_awake(struct bsu_thread *thread)
 {
-	bool again;
+	bool again = true;
 
-	do {
+	for (unsigned int pass = 0; again && pass < AWAKE_PASSES; pass++) {
 		again = false;
 		for (unsigned int i = 0; i < thread->top; i++) {
 			struct bsu_transport *transport = thread->transport[i];
@@ -149,7 +155,7 @@ static void run_awake(struct bsu_thread *thread)
 			transport->kind->run(transport);
 			again = true;
 		}
-	} while (again);
+	}
 }
 
 static bool anything_awake(struct bsu_thread *thread)
@@ -256,6 +262,9 @@ static void tick(struct bsu_thread *thread)
 	if (now < thread->next_tick)
 		return;
 	thread->next_tick = now + NS_PER_S;
+	/* A thread that was stopped for long must not give up what has ended. */
+	thread->wake_seen = true;
+	serve_storage(thread);
 	for (unsigned int i = 0; i < thread->top; i++) {
 		struct bsu_transport *transport = thread->transport[i];
 

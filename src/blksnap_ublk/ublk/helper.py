@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Control commands that wait for the disk of a device, sent by a short-lived process (`helper_process`).
+
+A server that waits in the kernel for its own device cannot be reaped when it is killed: the wait never ends because the
+server is gone, and the server cannot go because it waits. The same wait in another process is harmless.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import subprocess
+import sys
+
+_PROGRAM = "blksnap_ublk.ublk.helper_process"
+START_MARGIN = 30.0
+"""Seconds that the helper may take beyond the limit of its command, for its own start and for writing back."""
+
+
+def start(device_id: int, pid: int, *, timeout: float) -> None:
+    """START_DEV for the server `pid`, in a helper. Raises OSError as `Control.start`."""
+    _run(["start", str(device_id), str(pid), str(timeout)], timeout)
+
+
+def end_recovery(device_id: int, pid: int, *, timeout: float) -> None:
+    """END_USER_RECOVERY for the server `pid`, in a helper. Raises OSError as `Control.end_recovery`."""
+    _run(["end-recovery", str(device_id), str(pid), str(timeout)], timeout)
+
+
+def quiesce(device_id: int, *, timeout: float) -> None:
+    """QUIESCE_DEV in a helper. Raises OSError as `Control.quiesce`."""
+    _run(["quiesce", str(device_id), str(timeout)], timeout)
+
+
+def stop(device_id: int, *, force: bool, timeout: float) -> None:
+    """`stop_device` in a helper; raises OSError as it does, TimeoutError also when writing back takes too long."""
+    _run(["force-stop" if force else "stop", str(device_id), str(timeout)], timeout)
+
+
+def _run(arguments: list[str], timeout: float) -> None:
+    # A session of its own: Ctrl-C ends the server in an orderly way, for which it needs its helper.
+    process = subprocess.Popen(
+        [sys.executable, "-m", _PROGRAM, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        answer, _ = process.communicate(timeout=timeout + START_MARGIN)
+    except BaseException as error:
+        process.kill()
+        process.stdout.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be stuck in the kernel: left to itself
+            process.wait(timeout=1)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise TimeoutError(errno.ETIMEDOUT, f"{arguments[0]} of device {arguments[1]} did not end") from None
+        raise
+    try:
+        result = json.loads(answer)
+    except ValueError:
+        raise OSError(errno.EIO, f"the helper for {arguments[0]} ended with status {process.returncode}") from None
+    if result is not None:
+        raise OSError(result["errno"], result["text"])
