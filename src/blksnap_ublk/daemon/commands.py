@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: MIT
+"""What the daemon does for its callers: the `Service`, on the operations of `snapshot/`, each in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blksnap_ublk import forms
+from blksnap_ublk.daemon.events import EventLog
+from blksnap_ublk.daemon.forecast import Forecasts
+from blksnap_ublk.daemon.service import ChangesAnswer
+from blksnap_ublk.errors import BlksnapError, Failed, errno_symbol, from_os_error
+from blksnap_ublk.host import doctor, sysfs
+from blksnap_ublk.ioproc.client import IoRefused
+from blksnap_ublk.snapshot import attach, change_queries, create, destroy, detach, naming, report
+from blksnap_ublk.snapshot.catalogue import DeviceEntry
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.spec import parse_specs
+from blksnap_ublk.ublk.control import granted_features
+from blksnap_ublk.ublk.device_info import DeviceState
+from blksnap_ublk.version import installed_version
+
+THREADS = 64
+_SECTOR = 512
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Commands:
+    """The service. Questions about what is there never wait for an operation that runs."""
+
+    def __init__(self, context: Context, events: EventLog, forecasts: Forecasts, stop: Callable[[], None]) -> None:
+        """`stop` begins the end of the daemon."""
+        self._context = context
+        self._events = events
+        self._forecasts = forecasts
+        self._stop = stop
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="command")
+
+    def close(self) -> None:
+        """Returns when all operations have ended."""
+        self._threads.shutdown()
+
+    async def attach(
+        self,
+        device: str,
+        *,
+        name: str | None,
+        queues: int | None,
+        depth: int | None,
+        tracking_block: int | None,
+        unit: int | None,
+    ) -> forms.Attached:
+        options = attach.AttachOptions(name, queues, depth, tracking_block, unit)
+        entry, warnings = await self._in_thread(attach.attach, self._context, device, options)
+        _log.info("attached %s as %s", entry.origin, naming.block_path(entry))
+        return forms.Attached(device=report.device_form(self._context, entry), warnings=warnings)
+
+    async def detach(self, device: str, *, force: bool) -> forms.Detached:
+        entry = self._device(device)
+        form = report.device_form(self._context, entry)
+
+        def run() -> tuple[list[str], list[str]]:
+            return detach.detach(self._context, entry, force=force)
+
+        broken, warnings = await self._in_thread(run)
+        _log.info("detached %s", form.origin)
+        return forms.Detached(device=form, broken_snapshots=broken, warnings=warnings)
+
+    async def list_devices(self) -> list[forms.Device]:
+        return [report.device_form(self._context, entry) for entry in naming.served_devices(self._context.catalogue)]
+
+    async def create_snapshot(
+        self,
+        devices: Sequence[str],
+        *,
+        storage: Sequence[str],
+        storage_files: Sequence[str],
+        limit: int | None,
+        on_overflow: str,
+        freeze: forms.Freeze,
+    ) -> forms.SnapshotCreated:
+        members = [self._device(device) for device in devices]
+        options = create.CreateOptions(parse_specs(storage, storage_files), limit, on_overflow, freeze)
+        entry, warnings = await self._in_thread(create.create, self._context, members, options)
+        form = report.snapshot_form(self._context, entry)
+        _log.info("took snapshot %s of %s, gate closed for %d us", form.id, ", ".join(devices), form.gate_us)
+        return forms.SnapshotCreated(snapshot=form, warnings=warnings)
+
+    async def list_snapshots(self) -> list[forms.Snapshot]:
+        return [
+            report.snapshot_form(self._context, entry, self._forecasts.seconds_left)
+            for entry in naming.held_snapshots(self._context.catalogue)
+        ]
+
+    async def show_snapshot(self, snapshot: str) -> forms.Snapshot:
+        entry = naming.find_snapshot(self._context.catalogue, snapshot)
+        return report.snapshot_form(self._context, entry, self._forecasts.seconds_left)
+
+    async def check_snapshot(self, snapshot: str) -> forms.SnapshotCheck:
+        entry = naming.find_snapshot(self._context.catalogue, snapshot)
+        state, error = report.condition(self._context, entry)
+        reason = None if error is None else f"{state.value}: {error}"
+        return forms.SnapshotCheck(id=entry.id, trusted=reason is None, reason=reason)
+
+    async def destroy_snapshots(self, snapshots: Sequence[str], *, force: bool) -> forms.Destroyed:
+        found = [naming.find_snapshot(self._context.catalogue, snapshot) for snapshot in snapshots]
+        entries = list({entry.id: entry for entry in found}.values())
+        destroyed: list[str] = []
+        warnings: list[str] = []
+
+        def run() -> None:
+            for entry in entries:
+                warnings.extend(destroy.destroy(self._context, entry, force=force))
+                destroyed.append(entry.id)
+
+        await self._in_thread(run)
+        return forms.Destroyed(destroyed=destroyed, warnings=warnings)
+
+    async def show_changes(self, device: str, *, since: str | None, until: str | None) -> ChangesAnswer:
+        entry = self._device(device)
+        found = await self._in_thread(change_queries.show, self._context, entry, since, until)
+        form = forms.Changes(
+            device=naming.block_path(entry),
+            since=None if found.since is None else str(found.since),
+            until=str(found.until),
+            tracking_block=found.tracking_block,
+            all=found.all,
+            reason=found.reason,
+            changed_bytes=found.changed_bytes,
+            ranges=[],
+        )
+        return ChangesAnswer(form, found.ranges)
+
+    async def describe_changes(self, device: str) -> forms.ChangesInfo:
+        return await self._in_thread(change_queries.describe, self._context, self._device(device))
+
+    async def last_change(self, device: str) -> NDArray[np.uint32]:
+        return await self._in_thread(change_queries.last_change, self._context, self._device(device))
+
+    async def mark_changes(self, device: str, ranges: Sequence[forms.Range]) -> forms.Marked:
+        entry = self._device(device)
+        marked = await self._in_thread(change_queries.mark, self._context, entry, ranges)
+        return forms.Marked(device=naming.block_path(entry), marked_bytes=marked)
+
+    async def doctor(self) -> list[forms.Finding]:
+        def run() -> list[forms.Finding]:
+            features = granted_features()
+            return doctor.examine(None if features is None else int(features), self._left_over())
+
+        return await self._in_thread(run)
+
+    async def status(self) -> forms.Status:
+        return await self._in_thread(self._status)
+
+    def events(self, since: int | None, *, follow: bool, snapshot: str | None) -> AsyncGenerator[forms.Event, None]:
+        wanted = snapshot
+        if snapshot is not None and len(snapshot) < 36:
+            wanted = naming.find_snapshot(self._context.catalogue, snapshot).id
+        return self._events.follow(since, follow=follow, snapshot=wanted)
+
+    async def version(self) -> str:
+        return installed_version()
+
+    async def stop(self) -> None:
+        self._stop()
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs an operation to its end; what it did not foresee becomes an error of ours."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        except BlksnapError:
+            raise
+        except IoRefused as error:
+            raise Failed(f"the io process: {error.strerror}", errno=errno_symbol(error.errno)) from error
+        except OSError as error:
+            raise from_os_error(error) from error
+
+    def _device(self, text: str) -> DeviceEntry:
+        return naming.find_device(self._context.catalogue, text)
+
+    def _left_over(self) -> list[str]:
+        ours = {entry.served.ublk_id for entry in self._context.catalogue.devices() if entry.served}
+        ours |= {
+            image.served.ublk_id
+            for entry in self._context.catalogue.snapshots()
+            for image in entry.images
+            if image.served
+        }
+        try:
+            found = self._context.disks.ours()
+        except OSError:
+            return []
+        return [info.block_path for info in found if info.id not in ours and info.state is not DeviceState.LIVE]
+
+    def _status(self) -> forms.Status:
+        inventory = self._context.io.inventory()
+        reports = {found.device: found for found in inventory.devices}
+        devices = []
+        for entry in naming.served_devices(self._context.catalogue):
+            found = reports.get(entry.key)
+            reads, read_bytes, writes, written_bytes = _disk_counters(naming.block_path(entry))
+            devices.append(
+                forms.DeviceStatus(
+                    device=report.device_form(self._context, entry),
+                    traffic=forms.Traffic(
+                        reads=reads,
+                        writes=writes,
+                        read_bytes=read_bytes,
+                        written_bytes=written_bytes,
+                        preserved_bytes=found.copied if found is not None else 0,
+                    ),
+                    rates=None,
+                )
+            )
+        return forms.Status(
+            time=forms.timestamp(time.time()),
+            pid=os.getpid(),
+            version=installed_version(),
+            devices=devices,
+            snapshots=[
+                report.snapshot_form(self._context, entry, self._forecasts.seconds_left)
+                for entry in naming.held_snapshots(self._context.catalogue)
+            ],
+        )
+
+
+def _disk_counters(path: str) -> tuple[int, int, int, int]:
+    """Reads, bytes read, writes, bytes written, as the kernel counts them; zeroes for a disk that has gone."""
+    fields = (sysfs.text(Path("/sys/block") / os.path.basename(path), "stat") or "").split()
+    if len(fields) < 7:
+        return 0, 0, 0, 0
+    return int(fields[0]), int(fields[2]) * _SECTOR, int(fields[4]), int(fields[6]) * _SECTOR

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""The thread that looks after what happens by itself: images that break, map memory, an io process that dies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from blksnap_ublk.daemon.forecast import Forecasts
+from blksnap_ublk.errors import BlksnapError
+from blksnap_ublk.forms import SnapshotState
+from blksnap_ublk.snapshot import create, map_memory, naming, report, storages
+from blksnap_ublk.snapshot.catalogue import SnapshotEntry
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.reconcile import reconcile
+from blksnap_ublk.snapshot.state_files import ImageStatus
+
+LOOK = 0.25  # seconds between two looks at the images
+FEED = 1.0  # seconds between two looks at map memory and fill levels
+_BROKEN = {ImageStatus.OVERFLOWN, ImageStatus.CORRUPTED}
+_EVENTS = {SnapshotState.OVERFLOWN: "overflow", SnapshotState.CORRUPTED: "corrupted"}
+_log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Runs from `start` to `stop`."""
+
+    def __init__(self, context: Context, forecasts: Forecasts) -> None:
+        self._context = context
+        self._forecasts = forecasts
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._broken = {entry.id for entry in context.catalogue.snapshots() if self._is_broken(entry)}
+        self._fed = 0.0
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when it has ended."""
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self._look()
+            except (BlksnapError, OSError) as error:
+                _log.error("%s", error)
+                self._ending.wait(1)
+            except Exception:
+                _log.exception("unexpected error; going on")
+                self._ending.wait(1)
+
+    def _look(self) -> None:
+        if self._context.io.lost():
+            _log.error("the io process has gone")
+            reconcile(self._context)
+            return
+        held = naming.held_snapshots(self._context.catalogue)
+        for entry in held:
+            if entry.id not in self._broken and self._is_broken(entry):
+                self._tell_broken(entry)
+        if held and time.monotonic() - self._fed > FEED:
+            self._fed = time.monotonic()
+            self._feed(held)
+        self._context.io.lost(LOOK)
+
+    def _tell_broken(self, entry: SnapshotEntry) -> None:
+        self._broken.add(entry.id)
+        state, error = report.condition(self._context, entry)
+        if state is SnapshotState.ACTIVE:
+            return
+        _log.error("snapshot %s is %s: %s", entry.id, state.value, error)
+        # A snapshot that was lost with its io process was told of when that was found.
+        if entry.lost is None:
+            self._context.emit(_EVENTS[state], snapshot=entry.id, device=entry.images[0].filtered, error=error)
+
+    def _feed(self, held: list[SnapshotEntry]) -> None:
+        self._forecasts.keep_only({entry.id for entry in held})
+        for entry in held:
+            used, _ = storages.used_bytes(self._context, entry.storage)
+            self._forecasts.read(entry.id, sum(used))
+        if any(entry.id not in self._broken for entry in held):
+            map_memory.ensure(self._context)
+
+    def _is_broken(self, entry: SnapshotEntry) -> bool:
+        """Not for a snapshot that is going or has gone since it was looked up."""
+        if entry.lost is not None:
+            return True
+        states = [self._context.state.image_state(create.image_state_name(image)) for image in entry.images]
+        return any(found is not None and found.status in _BROKEN for found in states)

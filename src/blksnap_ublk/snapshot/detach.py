@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Detach: the filtered device goes, its origin is as it was, with everything that was written."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import msgspec
+
+from blksnap_ublk.errors import BlksnapError, Busy, NotFound, from_os_error
+from blksnap_ublk.host import pagecache
+from blksnap_ublk.host.number import DeviceNumber
+from blksnap_ublk.ioproc import messages
+from blksnap_ublk.snapshot import destroy, disks, naming
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase
+from blksnap_ublk.snapshot.context import Context
+
+_log = logging.getLogger(__name__)
+
+
+def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[str], list[str]]:
+    """Writes back and stops; the ids of the snapshots that `force` destroyed, and warnings.
+
+    Raises Busy naming who holds it, unless `force`; Failed when what is cached cannot be written to the origin; then
+    the device goes on.
+    """
+    with context.locks.holding([device.key]):
+        entry = context.catalogue.device(device.key)
+        if entry is None or entry.served is None:
+            raise NotFound("has been detached meanwhile", subject=device.origin)
+        held = naming.snapshots_of(context.catalogue, entry.key)
+        path = naming.block_path(entry)
+        if held and not force:
+            named = ", ".join(snapshot.id for snapshot in held)
+            advice = "destroy it first, or use --force"
+            raise Busy(f"in use by snapshot {named}", subject=path, errno="EBUSY", advice=advice)
+        if not force:
+            disks.refuse_used(entry.served.ublk_id)
+        warnings = [f"{path}: {user} gets errors from now on" for user in disks.users(entry.served.ublk_id)]
+        for snapshot in held:
+            warnings += destroy.destroy_locked(context, snapshot, force=True)
+            warnings.append(f"{path}: its snapshot {snapshot.id} was destroyed")
+        _write_back_and_stop(context, entry, force=force)
+        warnings += take_apart(context, entry, in_use=force)
+    context.emit("detached", device=path, origin=entry.origin, name=entry.name)
+    return [snapshot.id for snapshot in held], warnings
+
+
+def resume(context: Context, entry: DeviceEntry) -> None:
+    """Goes on with a detach that was broken off, unless somebody has begun to use the device. Raises BlksnapError."""
+    assert entry.served is not None
+    _write_back_and_stop(context, entry, force=False)
+    take_apart(context, entry)
+
+
+def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> list[str]:
+    """Removes a device whose disk is gone, or of which only a part was ever made; repeatable. Returns warnings.
+
+    `in_use`: somebody may still have the disk open, and is not waited for. Raises BlksnapError when it is held else.
+    """
+    warnings = []
+    try:
+        if entry.served is not None and context.disks.state_of(entry.served.ublk_id) is not None:
+            context.disks.stop(entry.served.ublk_id)
+        context.io.end(messages.CloseDevice(entry.key))
+        if entry.served is not None and context.disks.state_of(entry.served.ublk_id) is not None:
+            context.disks.delete(entry.served.ublk_id, in_use=in_use)
+    except OSError as error:
+        raise from_os_error(error, subject=entry.origin) from None
+    try:
+        # What the kernel cached of the origin and its partitions before the attach is older than what is on it now.
+        pagecache.flush_disk(DeviceNumber(*entry.number))
+    except BlksnapError as error:
+        warnings.append(f"cached pages of the origin may be stale: {error}")
+    with suppress(OSError):
+        context.keeper.drop(f"origin:{entry.key}")
+    history = context.histories.pop(entry.key, None)
+    if history is not None:
+        history.remove()
+    context.state.remove(f"device-{entry.key}")
+    context.conditions.pop(entry.key, None)
+    context.catalogue.remove_device(entry.key)
+    return warnings
+
+
+def _write_back_and_stop(context: Context, entry: DeviceEntry, *, force: bool) -> None:
+    """The entry says that it goes before it does, and no longer when it stays."""
+    assert entry.served is not None
+    if context.disks.state_of(entry.served.ublk_id) is None:
+        _log.warning("%s: its ublk device is gone already", entry.origin)
+        return
+    context.catalogue.put_device(msgspec.structs.replace(entry, phase=Phase.DESTROYING))
+    try:
+        disks.write_back_and_stop(entry.served.ublk_id, force=force)
+    except BlksnapError:
+        context.catalogue.put_device(msgspec.structs.replace(entry, phase=Phase.ACTIVE))
+        raise

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""What no entry of the catalogue explains: rebuilt where a device is served, removed otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Collection
+from contextlib import suppress
+
+from blksnap_ublk.cbt import History
+from blksnap_ublk.errors import BlksnapError
+from blksnap_ublk.host import blockdev
+from blksnap_ublk.host.number import DeviceNumber
+from blksnap_ublk.ioproc import messages
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.ublk.device_info import DeviceState
+
+_OF_SNAPSHOT = re.compile(r"(?:image|storage|records|commit)-(?P<id>[0-9a-f-]{36})(?:\.[0-9]+)?")
+_OF_DEVICE = re.compile(r"device-(?P<key>[0-9a-f]{8})")
+_PORTION = re.compile(r"map-[0-9]+")
+_log = logging.getLogger(__name__)
+
+
+def rebuild_devices(context: Context, inventory: messages.Inventory, known: Collection[str]) -> None:
+    """Makes an entry for each device that the io process serves and the catalogue lost, as far as can be known.
+
+    Its name becomes that of its origin. Each is told in the log.
+    """
+    for report in inventory.devices:
+        if report.device in known or not report.serving or report.ublk_id is None:
+            continue
+        try:
+            entry = _rebuilt(context, report.device, report.ublk_id)
+        except (OSError, BlksnapError) as error:
+            _log.error("/dev/ublkb%d is served, but nothing more is known of it: %s", report.ublk_id, error)
+            continue
+        context.catalogue.put_device(entry)
+        _log.error("/dev/ublkb%d: its entry was lost; rebuilt from what serves it", report.ublk_id)
+
+
+def remove_unknown(context: Context, keys: Collection[str]) -> None:
+    """Removes images, storages, ublk devices, descriptors and files that belong to nothing; failures are logged.
+
+    `keys`: the devices whose locks are held; operations on others may be under way and are left alone.
+    """
+    inventory = context.io.inventory()
+    snapshots = {entry.id for entry in context.catalogue.snapshots()}
+    _remove_images(context, inventory, snapshots, keys)
+    for storage in inventory.storages:
+        if storage.storage not in snapshots:
+            _tried(f"storage {storage.storage}", context, messages.CloseStorage(storage.storage))
+    devices = {entry.key for entry in context.catalogue.devices()}
+    for device in inventory.devices:
+        if device.device not in devices and not device.serving:
+            _tried(f"device {device.device}", context, messages.CloseDevice(device.device))
+    _remove_unstarted(context)
+    _release_numbers(context, keys)
+    devices |= {report.device for report in inventory.devices}
+    _remove_descriptors(context, snapshots, devices)
+    _remove_files(context, inventory, snapshots, devices)
+
+
+def _rebuilt(context: Context, key: str, ublk_id: int) -> DeviceEntry:
+    origin = context.keeper.get(f"origin:{key}")
+    try:
+        number = DeviceNumber.of(os.fstat(origin).st_rdev)
+    finally:
+        os.close(origin)
+    block = blockdev.describe_number(number)
+    served = context.disks.served_as(ublk_id)
+    history = History.open(context.state.path(f"device-{key}"))
+    taken = {entry.name for entry in context.catalogue.devices()}
+    name = os.path.basename(block.path)
+    return DeviceEntry(
+        key=key,
+        name=name if name not in taken else f"{name}-{key}",
+        origin=block.path,
+        number=(number.major, number.minor),
+        size=block.size,
+        block=block.limits.logical_block,
+        unit=max(4096, block.limits.logical_block),
+        tracking_block=history.tracking_block,
+        phase=Phase.ACTIVE,
+        served=served,
+    )
+
+
+def _remove_images(
+    context: Context, inventory: messages.Inventory, snapshots: Collection[str], keys: Collection[str]
+) -> None:
+    for image in inventory.images:
+        if image.image.partition(".")[0] in snapshots:
+            continue
+        _log.error("image %s belongs to no snapshot that is known: removed", image.image)
+        try:
+            if image.ublk_id is not None:
+                context.disks.stop(image.ublk_id)
+                context.io.end(messages.FinishImage(image.image))
+                context.disks.delete(image.ublk_id, in_use=True)
+            context.io.end(messages.Drop(image.image))
+        except (OSError, BlksnapError) as error:
+            _log.error("image %s: %s", image.image, error)
+
+
+def _remove_unstarted(context: Context) -> None:
+    """ublk devices that were added and never got into the catalogue, or were left when they were to be deleted."""
+    ours = {entry.served.ublk_id for entry in context.catalogue.devices() if entry.served is not None}
+    ours |= {
+        image.served.ublk_id
+        for entry in context.catalogue.snapshots()
+        for image in entry.images
+        if image.served is not None
+    }
+    for info in context.disks.ours():
+        if info.id in ours:
+            continue
+        if info.state is DeviceState.DEAD:
+            context.disks.delete(info.id, in_use=True)
+        else:
+            _log.warning("/dev/ublkb%d was left by a former daemon, and nothing is known of it", info.id)
+
+
+def _release_numbers(context: Context, keys: Collection[str]) -> None:
+    held = {(image.device, image.change_number) for entry in context.catalogue.snapshots() for image in entry.images}
+    for key in keys:
+        history = context.histories.get(key)
+        for number in history.held if history is not None else ():
+            if history is not None and (key, number) not in held:
+                history.destroy(number)
+
+
+def _remove_descriptors(context: Context, snapshots: Collection[str], devices: Collection[str]) -> None:
+    for name in context.keeper.names():
+        kind, _, rest = name.partition(":")
+        key = rest.partition(":")[0]
+        if (kind == "origin" and key not in devices) or (kind == "storage" and key not in snapshots):
+            with suppress(OSError):
+                context.keeper.drop(name)
+
+
+def _remove_files(
+    context: Context, inventory: messages.Inventory, snapshots: Collection[str], devices: Collection[str]
+) -> None:
+    for name in context.state.names():
+        of_snapshot, of_device = _OF_SNAPSHOT.fullmatch(name), _OF_DEVICE.fullmatch(name)
+        unknown = (
+            (of_snapshot is not None and of_snapshot["id"] not in snapshots)
+            or (of_device is not None and of_device["key"] not in devices)
+            or (_PORTION.fullmatch(name) is not None and name not in inventory.portions)
+        )
+        if unknown:
+            context.state.remove(name)
+
+
+def _tried(subject: str, context: Context, message: messages.Message) -> None:
+    try:
+        context.io.end(message)
+    except BlksnapError as error:
+        _log.error("%s: %s", subject, error)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Map memory of the io process: given in portions ahead of need, because it cannot wait for any when it needs it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack
+
+from blksnap_ublk.errors import Failed
+from blksnap_ublk.ioproc import messages
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.state_files import PORTION_BYTES
+
+AHEAD = 2 * PORTION_BYTES
+"""Bytes that are free whenever a snapshot is held, as long as the state directory has room."""
+
+_RESERVED_SHARE = 8  # one part in so many of the state directory is left to bitmaps and records
+_PREFIX = "map-"
+_giving = threading.Lock()
+
+
+def ensure(context: Context, *, at_least_one: bool = False) -> bool:
+    """Gives the io process map memory until `AHEAD` bytes are free; False when the state directory has no room for it.
+
+    With `at_least_one` a lack is an error as long as there is no portion at all. Raises Failed, IoRefused, OSError.
+    """
+    with _giving:
+        inventory = context.io.inventory()
+        missing = -(-(AHEAD - inventory.map_memory_free) // PORTION_BYTES)
+        for _ in range(max(missing, 0)):
+            if not _room(context):
+                if at_least_one and inventory.map_memory_free < PORTION_BYTES // 4:
+                    text = f"no room for map memory ({PORTION_BYTES} bytes) in {context.state.directory}"
+                    advice = "destroy snapshots, or restart the daemon with more --state-size"
+                    raise Failed(text, errno="ENOSPC", advice=advice)
+                return False
+            _give(context, inventory.portions)
+            inventory = context.io.inventory()
+    return True
+
+
+def files(context: Context) -> list[str]:
+    """The names of all portions in the state directory."""
+    return [name for name in context.state.names() if name.startswith(_PREFIX)]
+
+
+def _give(context: Context, given: list[str]) -> None:
+    name = next(name for n in range(len(given) + 1) if (name := f"{_PREFIX}{n}") not in given)
+    with ExitStack() as undo:
+        undo.callback(context.state.remove, name)
+        descriptor = context.state.create(name, PORTION_BYTES)
+        try:
+            context.io.call(messages.AddMapMemory([name]), [descriptor])
+        finally:
+            os.close(descriptor)
+        undo.pop_all()
+
+
+def _room(context: Context) -> bool:
+    space = os.statvfs(context.state.directory)
+    total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+    return free >= PORTION_BYTES + total // _RESERVED_SHARE

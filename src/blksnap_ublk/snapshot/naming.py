@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""Which device or snapshot a user means."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from blksnap_ublk.errors import NotFound, UsageError
+from blksnap_ublk.snapshot.catalogue import Catalogue, DeviceEntry, Phase, SnapshotEntry
+
+_PREFIX = re.compile(r"[0-9a-f-]{4,36}")
+
+
+def block_path(entry: DeviceEntry) -> str:
+    """The filtered device of a device that has one."""
+    assert entry.served is not None
+    return f"/dev/ublkb{entry.served.ublk_id}"
+
+
+def served_devices(catalogue: Catalogue) -> list[DeviceEntry]:
+    """The devices that users can name, by id."""
+    found = [entry for entry in catalogue.devices() if entry.phase is not Phase.CREATING and entry.served is not None]
+    return sorted(found, key=lambda entry: entry.served.ublk_id if entry.served else -1)
+
+
+def held_snapshots(catalogue: Catalogue) -> list[SnapshotEntry]:
+    """The snapshots that users can name, oldest first."""
+    return [entry for entry in catalogue.snapshots() if entry.phase is not Phase.CREATING]
+
+
+def find_device(catalogue: Catalogue, text: str) -> DeviceEntry:
+    """The device of an origin path, a filtered device path, a symlink to either, or a name. Raises NotFound."""
+    devices = served_devices(catalogue)
+    if "/" not in text:
+        found = next((entry for entry in devices if entry.name == text), None)
+    else:
+        real = os.path.realpath(text)
+        found = next(
+            (entry for entry in devices if real in (entry.origin, block_path(entry)) or text == entry.origin), None
+        )
+        found = found or _by_number(devices, text)
+    if found is None:
+        raise NotFound("no such filtered device", subject=text, advice="`blksnap-ublk list` shows what is attached")
+    return found
+
+
+def find_snapshot(catalogue: Catalogue, text: str) -> SnapshotEntry:
+    """The snapshot of a UUID, or of a prefix of 4 characters or more of one only. Raises NotFound, UsageError."""
+    prefix = text.lower()
+    if not _PREFIX.fullmatch(prefix):
+        raise UsageError("not the UUID of a snapshot, nor at least 4 characters of one", subject=text or "''")
+    found = [entry for entry in held_snapshots(catalogue) if entry.id.startswith(prefix)]
+    if not found:
+        raise NotFound("no such snapshot", subject=text, advice="`blksnap-ublk snapshot list` shows what is held")
+    if len(found) > 1:
+        raise UsageError(f"{len(found)} snapshots begin like this", subject=text, advice="give more characters")
+    return found[0]
+
+
+def snapshots_of(catalogue: Catalogue, device: str) -> list[SnapshotEntry]:
+    """All snapshots with an image of the device of that key, oldest first."""
+    return [entry for entry in catalogue.snapshots() if any(image.device == device for image in entry.images)]
+
+
+def _by_number(devices: Sequence[DeviceEntry], path: str) -> DeviceEntry | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    number = (os.major(status.st_rdev), os.minor(status.st_rdev))
+    return next((entry for entry in devices if entry.number == number), None)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""Making the catalogue, the io process and the kernel agree: at the start, and when the io process was replaced.
+
+A device that is served is never disturbed. What was half done is finished or undone. A device whose io process has died
+is served again, by the io process that is there now, with the same change map; snapshots do not survive that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from contextlib import suppress
+
+import msgspec
+
+from blksnap_ublk.cbt import History, HistoryDamaged, HistoryError
+from blksnap_ublk.errors import BlksnapError, Failed, from_os_error
+from blksnap_ublk.forms import DeviceState
+from blksnap_ublk.host import claim
+from blksnap_ublk.ioproc import messages
+from blksnap_ublk.snapshot import attach, create, destroy, detach, leftovers, naming, storages
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.ublk.device_info import DeviceState as KernelState
+
+_log = logging.getLogger(__name__)
+
+
+def reconcile(context: Context) -> None:
+    """Connects to the io process and puts everything right that can be; failures are logged. Raises Failed without one.
+
+    Waits for operations under way on any device, and lets none begin on those that it knows.
+    """
+    keys = {entry.key for entry in context.catalogue.devices()}
+    with context.locks.holding(keys):
+        inventory = context.io.connect()
+        _guarded("rebuilding the catalogue", leftovers.rebuild_devices, context, inventory, keys)
+        keys |= {entry.key for entry in context.catalogue.devices()} & {report.device for report in inventory.devices}
+        devices = [entry for entry in context.catalogue.devices() if entry.key in keys]
+        snapshots = [
+            entry for entry in context.catalogue.snapshots() if all(image.device in keys for image in entry.images)
+        ]
+        for device in devices:
+            _guarded(device.origin, _open_history, context, device)
+        for snapshot in snapshots:
+            if snapshot.phase is Phase.CREATING:
+                _guarded(f"snapshot {snapshot.id}", settle_take, context, snapshot)
+        devices = [_kept(context, device, inventory) for device in devices]
+        for device in devices:
+            if device.phase is Phase.ACTIVE:
+                _restore_device(context, device, inventory)
+        for snapshot in snapshots:
+            _guarded(f"snapshot {snapshot.id}", _restore_snapshot, context, snapshot, inventory)
+        for device in devices:
+            if device.phase is not Phase.ACTIVE:
+                going = detach.resume if device.phase is Phase.DESTROYING else detach.take_apart
+                _guarded(device.origin, going, context, device)
+        _guarded("removing what is left over", leftovers.remove_unknown, context, keys)
+
+
+def settle_take(context: Context, snapshot: SnapshotEntry) -> None:
+    """Ends the take that a snapshot was in the middle of: forward if its instant came, back if not."""
+    try:
+        descriptor = context.state.open(create.commit_name(snapshot.id))
+    except FileNotFoundError:
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        taken = struct.unpack("<I", file.read(4))[0] == 1
+    for image in snapshot.images:
+        history = context.histories.get(image.device)
+        if history is None or history.prepared is None or history.number + 1 != image.change_number:
+            continue
+        if taken:
+            history.commit(image.change_number)
+        else:
+            history.abort()
+
+
+def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) -> DeviceEntry:
+    """A device that was about to go when its io process died is served again: what is cached of it must not be lost."""
+    known = any(report.device == device.key for report in inventory.devices)
+    if known or device.phase is not Phase.DESTROYING or device.served is None:
+        return device
+    if context.disks.state_of(device.served.ublk_id) in (None, KernelState.DEAD):
+        return device
+    device = msgspec.structs.replace(device, phase=Phase.ACTIVE)
+    context.catalogue.put_device(device)
+    return device
+
+
+def _open_history(context: Context, device: DeviceEntry) -> None:
+    if device.key in context.histories:
+        return
+    directory = context.state.path(f"device-{device.key}")
+    try:
+        history = History.open(directory)
+    except (HistoryDamaged, FileNotFoundError) as error:
+        if device.phase is not Phase.ACTIVE:
+            return
+        _log.error("%s: the change history is damaged (%s): everything counts as changed", device.origin, error)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        last = max(
+            (
+                image.change_number
+                for snapshot in naming.snapshots_of(context.catalogue, device.key)
+                for image in snapshot.images
+            ),
+            default=0,
+        )
+        history = History.create(directory, device.size, device.tracking_block, number=last, reason="damaged")
+    context.histories[device.key] = history
+
+
+def _restore_device(context: Context, device: DeviceEntry, inventory: messages.Inventory) -> None:
+    """Leaves a device that is served alone; otherwise lets the io process of now serve it."""
+    report = next((report for report in inventory.devices if report.device == device.key), None)
+    if report is not None and report.serving:
+        context.conditions.pop(device.key, None)
+        return
+    path = naming.block_path(device)
+    context.conditions[device.key] = DeviceState.RECOVERING
+    _log.warning("%s: its io process is gone; recovering", path)
+    try:
+        _recover(context, device, known=report is not None)
+    except (BlksnapError, OSError, HistoryError) as error:
+        context.conditions[device.key] = DeviceState.FAILED
+        _log.error("%s: cannot be served again: %s", path, error)
+        context.emit("failed", device=path, error=str(error))
+        return
+    context.conditions.pop(device.key, None)
+    context.emit("recovered", device=path)
+
+
+def _recover(context: Context, device: DeviceEntry, *, known: bool) -> None:
+    served = device.served
+    assert served is not None
+    if context.disks.state_of(served.ublk_id) in (None, KernelState.DEAD):
+        raise Failed("its disk was removed by somebody else", advice="detach it")
+    if known:
+        context.io.end(messages.CloseDevice(device.key))
+    origin = _claimed_origin(context, device)
+    try:
+        attach.open_at_io(context, device, origin)
+    finally:
+        os.close(origin)
+    try:
+        context.disks.begin_recovery(served.ublk_id)
+        context.io.call(attach.serve_message(device.key, served))
+        context.disks.end_recovery(served.ublk_id, context.io.pid)
+    except BaseException:
+        with suppress(BlksnapError):
+            context.io.end(messages.CloseDevice(device.key))
+        raise
+
+
+def _claimed_origin(context: Context, device: DeviceEntry) -> int:
+    name = f"origin:{device.key}"
+    try:
+        return context.keeper.get(name)
+    except OSError:
+        pass  # the keeper is another one: the claim ended with the former
+    descriptor = claim.open_exclusive(device.origin)
+    try:
+        status = os.fstat(descriptor)
+        if (os.major(status.st_rdev), os.minor(status.st_rdev)) != device.number:
+            text = f"is another device now, not {device.number[0]}:{device.number[1]}"
+            raise from_os_error(OSError(6, text), subject=device.origin)
+        context.keeper.put(name, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: messages.Inventory) -> None:
+    """Keeps a snapshot that lives in the io process; otherwise it is corrupted, and its images end."""
+    if snapshot.phase is not Phase.ACTIVE:
+        destroy.try_destroy(context, snapshot)
+        return
+    known = {report.image for report in inventory.images if report.taken and report.serving}
+    if all(image.key in known for image in snapshot.images):
+        storages.adopt(context, snapshot.storage)
+        return
+    if snapshot.lost is None:
+        snapshot = msgspec.structs.replace(snapshot, lost="the io process that preserved its data has died")
+        context.catalogue.put_snapshot(snapshot)
+        context.emit("corrupted", snapshot=snapshot.id, device=snapshot.images[0].filtered, error=snapshot.lost)
+    for image in snapshot.images:
+        if image.served is not None and context.disks.state_of(image.served.ublk_id) is not None:
+            context.disks.stop(image.served.ublk_id)
+            context.io.end(messages.FinishImage(image.key))
+            context.disks.delete(image.served.ublk_id, in_use=True)
+
+
+def _guarded(subject: str, function: object, *arguments: object) -> None:
+    """One thing that cannot be put right must not keep the others from being so."""
+    assert callable(function)
+    try:
+        function(*arguments)
+    except (BlksnapError, HistoryError, OSError) as error:
+        _log.error("%s: %s", subject, error)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The forms that users see, from the catalogue and the state files. Never waits for a lock or another process."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from blksnap_ublk import forms
+from blksnap_ublk.forms import DataPath, DeviceState, SnapshotState
+from blksnap_ublk.snapshot import naming, storages
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, SnapshotEntry
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.create import cursor, image_state_name
+from blksnap_ublk.snapshot.state_files import ImageState, ImageStatus
+
+Forecast = Callable[[str, int, int], float | None]
+"""From snapshot id, bytes used and capacity to the seconds until it is full."""
+
+
+def device_form(context: Context, entry: DeviceEntry) -> forms.Device:
+    """A filtered device."""
+    assert entry.served is not None
+    history = context.histories.get(entry.key)
+    return forms.Device(
+        device=naming.block_path(entry),
+        name=entry.name,
+        origin=entry.origin,
+        id=entry.served.ublk_id,
+        size=entry.size,
+        state=context.conditions.get(entry.key, DeviceState.LIVE),
+        data_path=DataPath.ZERO_COPY if entry.served.zero_copy else DataPath.COPY,
+        queues=entry.served.queues,
+        depth=entry.served.depth,
+        generation=str(history.generation) if history else "",
+        change_number=history.number if history else 0,
+        tracking_block=entry.tracking_block,
+        unit=entry.unit,
+        snapshots=[snapshot.id for snapshot in naming.snapshots_of(context.catalogue, entry.key)],
+    )
+
+
+def snapshot_form(context: Context, entry: SnapshotEntry, forecast: Forecast = lambda *_: None) -> forms.Snapshot:
+    """A snapshot: as broken as the worst of its images."""
+    states = [_image_state(context, entry, image) for image in entry.images]
+    state, error = condition(context, entry)
+    return forms.Snapshot(
+        id=entry.id,
+        created=entry.created,
+        state=state,
+        error=error,
+        frozen=entry.frozen,
+        gate_us=entry.gate_us,
+        images=[_image_form(image, found) for image, found in zip(entry.images, states, strict=True)],
+        storage=_storage_form(context, entry, forecast),
+    )
+
+
+def condition(context: Context, entry: SnapshotEntry) -> tuple[SnapshotState, str | None]:
+    """Whether a snapshot can be trusted, and if not, why."""
+    if entry.lost is not None:
+        return SnapshotState.CORRUPTED, entry.lost
+    if entry.phase is Phase.DESTROYING:
+        return SnapshotState.CORRUPTED, "it is being destroyed"
+    for image in entry.images:
+        found = context.state.image_state(image_state_name(image))
+        status = ImageStatus.CORRUPTED if found is None else found.status
+        if status is not ImageStatus.ACTIVE:
+            return _STATES[status], _reason(context, entry, image, found)
+    return SnapshotState.ACTIVE, None
+
+
+_STATES = {
+    ImageStatus.NEW: SnapshotState.CORRUPTED,
+    ImageStatus.ACTIVE: SnapshotState.ACTIVE,
+    ImageStatus.OVERFLOWN: SnapshotState.OVERFLOWN,
+    ImageStatus.CORRUPTED: SnapshotState.CORRUPTED,
+    ImageStatus.GONE: SnapshotState.CORRUPTED,
+}
+
+
+def _image_state(context: Context, entry: SnapshotEntry, image: ImageEntry) -> ImageState:
+    found = context.state.image_state(image_state_name(image))
+    if found is None or entry.lost is not None:
+        return ImageState(ImageStatus.CORRUPTED, errno.EIO, found.preserved if found else 0)
+    return found
+
+
+def _reason(context: Context, entry: SnapshotEntry, image: ImageEntry, found: ImageState | None) -> str:
+    if found is None:
+        return f"the state of the image of {image.origin} cannot be read"
+    if found.error == errno.ENOSPC:
+        _, capacity = storages.used_bytes(context, entry.storage)
+        return f"difference storage is full ({_size(capacity)})"
+    if found.error == errno.ENOMEM:
+        return "map memory is used up (ENOMEM)"
+    if found.error in (errno.ETIMEDOUT, errno.ETIME):
+        return f"preserving old data of {image.origin} took too long (ETIMEDOUT)"
+    symbol = errno.errorcode.get(found.error, str(found.error))
+    return f"preserving old data of {image.origin} failed: {os.strerror(found.error)} ({symbol})"
+
+
+def _image_form(image: ImageEntry, state: ImageState) -> forms.Image:
+    node = f"/dev/ublkb{image.served.ublk_id}" if image.served is not None else ""
+    return forms.Image(
+        image=node,
+        device=image.filtered,
+        origin=image.origin,
+        size=image.size,
+        generation=image.generation,
+        change_number=image.change_number,
+        cursor=cursor(image),
+        state=_STATES[state.status],
+        preserved_bytes=state.preserved,
+    )
+
+
+def _storage_form(context: Context, entry: SnapshotEntry, forecast: Forecast) -> forms.Storage:
+    storage = entry.storage
+    used, capacity = storages.used_bytes(context, storage)
+    return forms.Storage(
+        used=sum(used),
+        capacity=capacity,
+        limit=storage.limit,
+        on_overflow=storage.on_overflow,
+        areas=[
+            forms.Area(path=area.path, start=area.offset // 512, count=area.length // 512, used=bytes_used)
+            for area, bytes_used in zip(storage.areas, used, strict=True)
+        ],
+        forecast_seconds=forecast(entry.id, sum(used), capacity),
+    )
+
+
+def _size(count: int) -> str:
+    for unit in ("", "KiB", "MiB", "GiB"):
+        if count < 1024 or count % 1024:
+            return f"{count} {unit or 'bytes'}"
+        count //= 1024
+    return f"{count} TiB"

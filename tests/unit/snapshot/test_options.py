@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""Options that cannot be are refused before anything is touched."""
+
+import pytest
+
+from blksnap_ublk.errors import Unsupported, UsageError
+from blksnap_ublk.snapshot.attach import AttachOptions
+from blksnap_ublk.snapshot.create import CreateOptions
+from blksnap_ublk.snapshot.spec import parse_specs
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", "a/b"),
+        ("name", "-x"),
+        ("name", "x" * 65),
+        ("queues", 0),
+        ("queues", 65),
+        ("depth", 0),
+        ("depth", 4097),
+        ("tracking_block", 2048),
+        ("tracking_block", 65535),
+        ("tracking_block", 128 << 20),
+        ("unit", 256),
+        ("unit", 5000),
+    ],
+)
+def test_attach_refuses(field: str, value: object) -> None:
+    option = "--" + field.replace("_", "-")
+    with pytest.raises(UsageError, match=option):
+        AttachOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_attach_takes_what_is_in_bounds() -> None:
+    AttachOptions("sdb", 4, 4096, 64 << 20, 512)
+
+
+def test_create_needs_storage() -> None:
+    with pytest.raises(UsageError, match="--storage"):
+        CreateOptions([])
+
+
+def test_create_refuses_a_limit_that_is_none() -> None:
+    with pytest.raises(UsageError, match="--limit"):
+        CreateOptions(parse_specs(["/x"]), limit=0)
+
+
+def test_create_refuses_policies_that_it_does_not_have() -> None:
+    with pytest.raises(Unsupported, match="--on-overflow"):
+        CreateOptions(parse_specs(["/x"]), on_overflow="pause:5")
