@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: MIT
+"""The change history of one device: which tracking blocks changed in which interval between its snapshots.
+
+Change number 0 is the moment of attach; each snapshot adds 1. Interval i is the time between snapshots i - 1 and i.
+The interval that runs has the *active* bitmap, in which the process that does the I/O marks. At a switch that process
+goes on with the *prepared* bitmap; the one it leaves becomes the youngest layer of the history. Queries can end at
+each snapshot that is held, and at the last one taken; layers between such ends are folded into one.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blksnap_ublk.cbt import fold, metadata, query, state
+from blksnap_ublk.cbt.bitmap import Bitmap
+from blksnap_ublk.cbt.cursor import Cursor
+from blksnap_ublk.cbt.errors import HistoryError, NoSuchSnapshot
+from blksnap_ublk.cbt.fold import FoldPolicy
+from blksnap_ublk.cbt.geometry import TRACKING_BLOCK_DEFAULT, Geometry
+from blksnap_ublk.cbt.last_change import LastChangeArray
+from blksnap_ublk.cbt.layer import ArrayLayer, IntervalLayer, Layer
+from blksnap_ublk.cbt.state import State
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Changes:
+    """What changed between two instants. `all` means: take everything, for `reason`; then `ranges` is the device.
+
+    `ranges` is an int64 array of shape (n, 2): byte start and byte length, ascending, touching ones joined.
+    """
+
+    since: Cursor | None
+    until: Cursor
+    tracking_block: int
+    all: bool
+    reason: str | None
+    changed_bytes: int
+    ranges: NDArray[np.int64]
+
+
+class History:
+    """The history of one device, in files of a directory of its own.
+
+    After any call was broken off by the death of the process, `open` finds the state before it or after it.
+    Queries may be asked from any thread at any time; calls that change something wait for one another.
+    """
+
+    def __init__(self, directory: Path, geometry: Geometry, initial: State, policy: FoldPolicy) -> None:
+        """Use `create` or `open`."""
+        self._directory = directory
+        self._geometry = geometry
+        self._state = initial
+        self._policy = policy
+        self._changing = threading.Lock()
+        self._folding = threading.Lock()
+        self._serial = max(metadata.serial(path.name) for path in initial.paths())
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        size: int,
+        tracking_block: int = TRACKING_BLOCK_DEFAULT,
+        *,
+        generation: uuid.UUID | None = None,
+        number: int = 0,
+        reason: str | None = None,
+        policy: FoldPolicy | None = None,
+    ) -> History:
+        """Begin a history of a device of `size` bytes, with a clear active bitmap, in an existing directory.
+
+        A `reason` ("damaged", "unclean" ...) says why what was before is unknown: what is there is replaced, cursors
+        up to `number`, the snapshots taken so far, answer "all" with it. Without a reason, a history that is there
+        already is refused. Afterwards all writes are to be marked in `active`, none in a bitmap of before.
+        Raises ValueError for a size that cannot be tracked, HistoryError, OSError.
+        """
+        geometry = Geometry(size, tracking_block)
+        if reason is None and number:
+            raise ValueError("a history that begins after snapshots needs a reason")
+        if reason is None and (directory / metadata.FILE).exists():
+            raise HistoryError(f"{directory}: holds a change history already; open or remove it")
+        metadata.remove(directory)
+        active = Bitmap.create(directory / "bitmap.1", geometry)
+        initial = State(
+            generation=generation or uuid.uuid4(),
+            number=number,
+            known_since=0 if reason is None else number + 1,
+            reason=reason,
+            active=active,
+        )
+        try:
+            metadata.write(directory, state.to_record(initial, geometry))
+        except Exception:
+            active.path.unlink(missing_ok=True)
+            raise
+        return cls(directory, geometry, initial, policy or FoldPolicy())
+
+    @classmethod
+    def open(cls, directory: Path, *, policy: FoldPolicy | None = None) -> History:
+        """Open what an earlier process left, and remove what it did not finish.
+
+        If `prepared` is not None, the process that does the I/O knows whether it has switched: `commit` or `abort`.
+        Raises HistoryDamaged, OSError.
+        """
+        record = metadata.read(directory)
+        geometry = Geometry(record.size, record.tracking_block)
+        found = state.from_record(record, directory, geometry)
+        metadata.sweep(directory, record.files())
+        return cls(directory, geometry, found, policy or FoldPolicy())
+
+    def remove(self) -> None:
+        """Remove the files. Queries may go on; nothing else may be called afterwards."""
+        with self._folding, self._changing:
+            metadata.remove(self._directory)
+
+    # What it is now
+
+    @property
+    def size(self) -> int:
+        """Bytes of the device."""
+        return self._geometry.size
+
+    @property
+    def tracking_block(self) -> int:
+        """Bytes of a tracking block."""
+        return self._geometry.tracking_block
+
+    @property
+    def blocks(self) -> int:
+        """Tracking blocks of the device."""
+        return self._geometry.blocks
+
+    @property
+    def generation(self) -> uuid.UUID:
+        return self._state.generation
+
+    @property
+    def number(self) -> int:
+        """The number of the last snapshot taken; 0 before the first."""
+        return self._state.number
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The numbers of the snapshots that are held."""
+        return self._state.held
+
+    @property
+    def reason(self) -> str | None:
+        """Why the history does not reach back to the attach; None if it does."""
+        return self._state.reason
+
+    @property
+    def active(self) -> Bitmap:
+        """The bitmap of the interval that runs."""
+        return self._state.active
+
+    @property
+    def prepared(self) -> Bitmap | None:
+        """The bitmap of the next interval, if a take is under way."""
+        return self._state.prepared
+
+    @property
+    def cursor(self) -> Cursor:
+        """The cursor of the last snapshot taken."""
+        current = self._state
+        return Cursor(current.generation, current.number)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all its files, metadata excepted: all of it is resident in a tmpfs."""
+        current = self._state
+        bitmaps = 1 if current.prepared is None else 2
+        return bitmaps * self._geometry.bitmap_bytes + sum(layer.length for layer in current.layers)
+
+    def active_bytes(self) -> int:
+        """Bytes of the blocks marked since the last snapshot, whole blocks, at this moment."""
+        return min(self._state.active.count() * self.tracking_block, self.size)
+
+    # A take
+
+    def prepare(self) -> Bitmap:
+        """Make the clear bitmap that the next switch brings in; the same one again if it is there already.
+
+        Raises OSError if there is no room; then nothing has changed.
+        """
+        with self._changing:
+            current = self._state
+            if current.prepared is None:
+                path = self._next_path("bitmap")
+                try:
+                    bitmap = Bitmap.create(path, self._geometry)
+                    self._become(replace(current, prepared=bitmap))
+                except Exception:
+                    path.unlink(missing_ok=True)
+                    raise
+                return bitmap
+            return current.prepared
+
+    def commit(self, number: int) -> None:
+        """Snapshot `number`, the next one, has been taken and is held: the switch to the prepared bitmap is done.
+
+        To be called when no thread marks in the former active bitmap any more. Raises HistoryError if no take is
+        under way or the number is not the next, OSError if there is no room; then it may be called again.
+        """
+        with self._changing:
+            current = self._state
+            if current.prepared is None:
+                raise HistoryError(f"snapshot {number}: no take is under way")
+            if number != current.number + 1:
+                raise HistoryError(f"snapshot {number}: the next change number is {current.number + 1}")
+            layers = current.layers
+            if number > current.known_since:
+                layers = (*layers, IntervalLayer(number, current.active))
+            self._become(
+                replace(
+                    current,
+                    number=number,
+                    held=current.held | {number},
+                    active=current.prepared,
+                    prepared=None,
+                    layers=layers,
+                )
+            )
+
+    def abort(self) -> None:
+        """The take ends without a switch: drop the prepared bitmap; nothing to do if there is none.
+
+        Raises HistoryError if a mark stands in it: then it has been switched to, and only `commit` loses nothing.
+        """
+        with self._changing:
+            current = self._state
+            if current.prepared is None:
+                return
+            if current.prepared.touched().any():
+                raise HistoryError("the prepared bitmap holds marks: the switch was done, the take must be committed")
+            self._become(replace(current, prepared=None))
+
+    # Afterwards
+
+    def destroy(self, number: int) -> None:
+        """Snapshot `number` is no longer held. Its cursor stays good. `fold` then gives memory back.
+
+        Raises NoSuchSnapshot, OSError.
+        """
+        with self._changing:
+            current = self._state
+            if number not in current.held:
+                raise NoSuchSnapshot(f"snapshot {number} is not held; held are {_listed(current.held)}")
+            self._become(replace(current, held=current.held - {number}))
+
+    def lose(self, reason: str) -> None:
+        """What was recorded can no longer be relied on: answer "all" with `reason` for everything up to now.
+
+        Numbers go on, in another generation; snapshots stay held. The interval that runs is lost as well, so the
+        first cursor that is good again is that of the next snapshot. Raises OSError.
+        """
+        with self._changing:
+            current = self._state
+            self._become(
+                replace(
+                    current,
+                    generation=uuid.uuid4(),
+                    known_since=current.number + 1,
+                    reason=reason,
+                    layers=(),
+                )
+            )
+
+    def fold(self) -> bool:
+        """Fold layers that no query can tell apart, where that saves memory; whether there were any.
+
+        To be called after `destroy` and `commit`, from a thread that may take its time. Raises OSError if there is
+        no room; then nothing is lost and it may be called again.
+        """
+        with self._folding:
+            folded = False
+            while (run := self._next_run()) and self._fold_run(run):
+                folded = True
+            return folded
+
+    # Queries
+
+    def changes(self, since: Cursor | None, until: int | None = None) -> Changes:
+        """What changed after `since` (None: since tracking began) up to snapshot `until` (None: the last one taken).
+
+        Says "all", with a reason, for a cursor of another generation ("new-generation"), one younger than `until`
+        ("future"), and one older than the history. Raises NoSuchSnapshot.
+        """
+        current = self._state
+        end = _end(current, until)
+        reason = _unknown(current, since, end)
+        if reason is None:
+            ranges = query.byte_ranges(_layers_to(current, end), _number(since), self._geometry)
+        else:
+            ranges = np.array([[0, self.size]], np.int64)
+        return Changes(
+            since=since,
+            until=Cursor(current.generation, end),
+            tracking_block=self.tracking_block,
+            all=reason is not None,
+            reason=reason,
+            changed_bytes=int(ranges[:, 1].sum()),
+            ranges=ranges,
+        )
+
+    def changed_blocks(self, since: Cursor | None, until: int | None = None) -> NDArray[np.bool_]:
+        """The same as a bool for each tracking block, shape (blocks,); all True where `changes` says "all"."""
+        current = self._state
+        end = _end(current, until)
+        if _unknown(current, since, end) is not None:
+            return np.ones(self.blocks, np.bool_)
+        return query.changed_blocks(_layers_to(current, end), _number(since), self._geometry)
+
+    def last_change(self) -> NDArray[np.uint32]:
+        """For each block the interval it was last changed in, as of the last snapshot taken: shape (blocks,).
+
+        0 if it was not changed. After a loss no block has less than the number of the first snapshot whose cursor is
+        good again (or of the last one taken), so that a comparison with any older number finds them all. Where an
+        array ran out of numbers, an old one may be higher than it was, never lower.
+        """
+        current = self._state
+        return query.last_numbers(current.layers, min(current.known_since, current.number), self._geometry)
+
+    # How it changes
+
+    def _next_path(self, kind: str) -> Path:
+        self._serial += 1
+        return self._directory / f"{kind}.{self._serial}"
+
+    def _become(self, following: State) -> None:
+        """Take another state: on disk, then for queries; then remove the files that it does without.
+
+        Raises OSError, and then the state is the former one. A file that cannot be removed is left to `open`.
+        """
+        metadata.write(self._directory, state.to_record(following, self._geometry))
+        former, self._state = self._state, following
+        for path in former.paths() - following.paths():
+            with suppress(OSError):
+                path.unlink()
+
+    def _next_run(self) -> tuple[Layer, ...] | None:
+        current = self._state
+        for run in fold.runs(current.layers, current.held | {current.number}):
+            if fold.worth_folding(run, self._geometry, self._policy):
+                return run
+        return None
+
+    def _fold_run(self, run: tuple[Layer, ...]) -> bool:
+        """Fold into the array that the run begins with, otherwise into another one. False if the history was lost."""
+        oldest, sources = run[0], run[1:]
+        numbers = fold.numbers_of(run, self._policy.number_limit)
+        if isinstance(oldest, ArrayLayer) and fold.can_take(oldest, numbers):
+            array = oldest.array.with_room(fold.touched(sources))
+            taking = ArrayLayer(oldest.first, oldest.last, array, numbers)
+            if not self._exchange((oldest,), taking):
+                return False
+            fold.store(sources, array, numbers)
+            return self._exchange((taking, *sources), ArrayLayer(taking.first, run[-1].last, array, numbers))
+        path = self._next_path("array")
+        try:
+            array = LastChangeArray.create(path, self._geometry, int(np.count_nonzero(fold.touched(run))))
+            fold.store(run, array, numbers)
+            if self._exchange(run, ArrayLayer(oldest.first, run[-1].last, array, numbers)):
+                return True
+        except Exception:
+            path.unlink(missing_ok=True)
+            raise
+        path.unlink()
+        return False
+
+    def _exchange(self, old: Sequence[Layer], new: Layer) -> bool:
+        """Put a layer in the place of others; False if these are gone because the history was lost meanwhile."""
+        with self._changing:
+            layers = self._state.layers
+            places = [place for place, layer in enumerate(layers) if layer is old[0]]
+            if not places:
+                return False
+            at = places[0]
+            self._become(replace(self._state, layers=(*layers[:at], new, *layers[at + len(old) :])))
+            return True
+
+
+def _number(since: Cursor | None) -> int:
+    return 0 if since is None else since.number
+
+
+def _end(current: State, until: int | None) -> int:
+    end = current.number if until is None else until
+    if current.number == 0:
+        raise NoSuchSnapshot("no snapshot has been taken yet; changes are known up to a snapshot")
+    if end != current.number and end not in current.held:
+        raise NoSuchSnapshot(
+            f"snapshot {end} is not held; changes are known up to those that are ({_listed(current.held)}) "
+            f"and the last one taken ({current.number})"
+        )
+    return end
+
+
+def _unknown(current: State, since: Cursor | None, end: int) -> str | None:
+    """Why the changes from `since` to `end` are not known; None if they are."""
+    if since is not None and since.generation != current.generation:
+        return "new-generation"
+    if _number(since) > end:
+        return "future"
+    return current.reason if _number(since) < current.known_since else None
+
+
+def _layers_to(current: State, end: int) -> list[Layer]:
+    return [layer for layer in current.layers if layer.last <= end]
+
+
+def _listed(numbers: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
