@@ -11,8 +11,11 @@ uint32_t bsu_chain_slot(const struct bsu_chain *chain, unsigned int k, uint64_t 
 {
 	uint32_t slot = BSU_SLOT_EMPTY;
 
-	for (; k < chain->nr_images && slot == BSU_SLOT_EMPTY; k++)
+	for (; k < chain->nr_images && slot == BSU_SLOT_EMPTY; k++) {
 		slot = bsu_map_get(chain->image[k], unit);
+		if (MUTANT(BSU_MUTANT_OWN_MAP_ONLY))
+			break;
+	}
 	return slot;
 }
 
@@ -57,6 +60,8 @@ void bsu_chain_break(struct bsu_queue *queue, const struct bsu_chain *chain, uin
 		if (bsu_map_get(chain->image[k], unit) != BSU_SLOT_EMPTY)
 			break;
 		bsu_image_break(chain->image[k], status, error);
+		if (MUTANT(BSU_MUTANT_BREAK_NEWEST))
+			break;
 	}
 	/*
 	 * The origin write that overwrites the unit is submitted after this: whoever

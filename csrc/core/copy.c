@@ -52,18 +52,21 @@ static void release_waiters(struct bsu_queue *queue, struct bsu_copy *copy)
 	struct bsu_tasks woken = { 0 };
 	struct bsu_task *task;
 
-	pthread_mutex_lock(&dev->lock);
-	while (copy->nr_claims)
-		bsu_claim_remove(dev, &copy->claim[--copy->nr_claims], &woken);
-	pthread_mutex_unlock(&dev->lock);
-
 	copy->rq = NULL;
 	if (rq && !--rq->pending) {
 		rq->task.run = bsu_write_again;
 		bsu_task_ready(queue, &rq->task);
 	}
+	pthread_mutex_lock(&dev->lock);
+	while (copy->nr_claims)
+		bsu_claim_remove(dev, &copy->claim[--copy->nr_claims], &woken);
+	/*
+	 * Still locked: another queue may run the task, end and be freed before we
+	 * have woken it, but leaving the device takes the lock.
+	 */
 	while ((task = bsu_tasks_pop(&woken)))
 		bsu_task_ready(queue, task);
+	pthread_mutex_unlock(&dev->lock);
 }
 
 static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
@@ -71,7 +74,7 @@ static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
 	struct bsu_image *image = copy->image;
 	struct bsu_task *task;
 
-	if (copy->buf)
+	if (copy->buf && !(MUTANT(BSU_MUTANT_LEAK_BUFFER) && copy->given_up))
 		bsu_pool_put(queue->pool, queue, copy->buf, copy_bytes(copy));
 	release_waiters(queue, copy);
 	if (copy->older)
@@ -88,7 +91,7 @@ static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
 	queue->busy--;
 	atomic_fetch_sub_explicit(&image->users, 1, memory_order_release);
 	task = bsu_tasks_pop(&queue->copy_waiters);
-	if (task)
+	if (task && !MUTANT(BSU_MUTANT_LOSE_COPY_WAITER))
 		bsu_task_ready(queue, task);
 }
 
@@ -172,7 +175,7 @@ static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 		bsu_record_set(&record[i], copy->image->serial, copy->unit + i, bsu_crc32c(0, data, unit_bytes));
 	}
 	for (uint32_t i = 0; i < copy->count; i++) {
-		bool bad = copy->bad[i / 64] >> (i % 64) & 1;
+		bool bad = copy->bad[i / 64] >> (i % 64) & 1 && !MUTANT(BSU_MUTANT_BAD_AS_GOOD);
 
 		bsu_map_publish(copy->image, copy->unit + i, bad ? BSU_SLOT_BAD : copy->place + i + 1);
 	}
@@ -232,13 +235,34 @@ static void copy_read_done(struct bsu_io *io, int res)
 	copy_store(queue, copy);
 }
 
+/* For a seeded bug: a copy that was given up, published in a map that is younger than its data. */
+static bool publish_in_newest(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&queue->dev->view), copy->image->storage);
+	int k = chain ? bsu_chain_newest(chain) : -1;
+	struct bsu_image *own = copy->image;
+
+	if (k < 0 || bsu_map_reserve(chain->image[k], copy->unit, copy->count))
+		return false;
+	copy->image = chain->image[k];
+	copy_publish(queue, copy);
+	copy->image = own;
+	return true;
+}
+
 static void copy_store_done(struct bsu_io *io, int res)
 {
 	struct bsu_copy *copy = container_of(io, struct bsu_copy, io);
 	struct bsu_queue *queue = io->queue;
 
-	if (copy->given_up || res) {
-		if (res && !copy->given_up)
+	if (MUTANT(BSU_MUTANT_LATE_COPY) && copy->given_up && !res && publish_in_newest(queue, copy)) {
+		copy_end(queue, copy);
+		return;
+	}
+	if ((MUTANT(BSU_MUTANT_BREAK_AFTER_WRITE) || MUTANT(BSU_MUTANT_STORE_ERROR_TO_WRITER)) && copy->rq)
+		copy->rq->result = res;
+	if (copy->given_up || (res && !MUTANT(BSU_MUTANT_PUBLISH_ON_ERROR))) {
+		if (res && !copy->given_up && !MUTANT(BSU_MUTANT_BREAK_AFTER_WRITE))
 			copy_break(queue, copy, res);
 		bsu_storage_return(copy->image->storage, copy->place, copy->count);
 	} else {
@@ -254,7 +278,10 @@ static void copy_store_done(struct bsu_io *io, int res)
 static void give_up(struct bsu_queue *queue, struct bsu_copy *copy)
 {
 	copy->given_up = true;
-	copy_break(queue, copy, -ETIMEDOUT);
+	if (MUTANT(BSU_MUTANT_RETURN_EARLY))
+		bsu_storage_return(copy->image->storage, copy->place, copy->count);
+	if (!MUTANT(BSU_MUTANT_GIVE_UP_SILENTLY))
+		copy_break(queue, copy, -ETIMEDOUT);
 	if (copy->state == BSU_COPY_BUFFER && bsu_pool_forget(queue->pool, &copy->task)) {
 		bsu_storage_return(copy->image->storage, copy->place, copy->count);
 		copy_end(queue, copy);

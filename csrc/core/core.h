@@ -191,7 +191,8 @@ void bsu_gate_open(struct bsu_device *dev);
  * nothing), switch (gate closed and drained, cannot fail, constant time), wait
  * until bsu_grace_passed(), finish (frees what the old set alone referred to).
  * @bitmap: the zeroed active bitmap of the interval that begins, or NULL to
- * leave the active bitmap alone (images that go). One change at a time.
+ * leave the active bitmap alone (images that go). One change at a time. An
+ * image goes after the older ones of its storage: -EBUSY before.
  */
 int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
@@ -208,7 +209,7 @@ int bsu_device_mark(struct bsu_device *dev, uint64_t start, uint64_t length);
  * Trims that were swallowed while a snapshot was held. With the gate closed
  * and drained and no image left: takes the next run out of the list and marks
  * it as changed; the caller sends it to the origin before the gate opens.
- * Returns false when none is left.
+ * Returns false when none is left, or an image is held.
  */
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length);
 

@@ -86,6 +86,8 @@ void bsu_device_swallow(struct bsu_device *dev, uint64_t start, uint64_t length)
 		return;
 	first = (start + dev->tracking_block - 1) >> dev->tracking_shift;
 	end = (start + length) >> dev->tracking_shift;
+	if (MUTANT(BSU_MUTANT_SWALLOW_PART))
+		first = start >> dev->tracking_shift;
 	if (start + length == dev->size)
 		end = ((dev->size - 1) >> dev->tracking_shift) + 1;
 	if (first >= end)
@@ -96,6 +98,8 @@ void bsu_device_swallow(struct bsu_device *dev, uint64_t start, uint64_t length)
 
 void bsu_device_unswallow(struct bsu_device *dev, uint64_t start, uint64_t length)
 {
+	if (MUTANT(BSU_MUTANT_KEEP_SWALLOWED))
+		return;
 	if (!dev->swallowed || !atomic_load_explicit(&dev->any_swallowed, memory_order_acquire))
 		return;
 	bsu_bits_clear(dev->swallowed, start >> dev->tracking_shift, (start + length - 1) >> dev->tracking_shift);
@@ -103,8 +107,11 @@ void bsu_device_unswallow(struct bsu_device *dev, uint64_t start, uint64_t lengt
 
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length)
 {
+	const struct bsu_view *view = atomic_load(&dev->view);
 	uint64_t blocks, first, end;
 
+	if (view && view->nr_images)
+		return false;
 	if (!dev->swallowed || !atomic_load(&dev->any_swallowed))
 		return false;
 	blocks = ((dev->size - 1) >> dev->tracking_shift) + 1;
@@ -141,7 +148,7 @@ bool bsu_gate_drained(struct bsu_device *dev)
 		/* "left" first: the other order could miss a writer that came in between */
 		uint64_t left = atomic_load(&queue->left);
 
-		drained = left == atomic_load(&queue->entered);
+		drained = left == atomic_load(&queue->entered) || MUTANT(BSU_MUTANT_DRAINED_EARLY);
 	}
 	pthread_mutex_unlock(&dev->lock);
 	return drained;

@@ -11,6 +11,11 @@ static void origin_done(struct bsu_io *io, int res)
 	struct bsu_request *rq = container_of(io, struct bsu_request, io);
 	struct bsu_queue *queue = io->queue;
 
+	if (MUTANT(BSU_MUTANT_MARK_LATE) && rq->op != BSU_OP_READ)
+		bsu_device_mark_range(queue->dev, rq->start, rq->length);
+	if (MUTANT(BSU_MUTANT_FAILED_UNMARKED) && rq->op == BSU_OP_WRITE && res)
+		bsu_bits_clear(queue->dev->bitmap, rq->start >> queue->dev->tracking_shift,
+			       (rq->start + rq->length - 1) >> queue->dev->tracking_shift);
 	if (rq->buf) {
 		if (!res && rq->op == BSU_OP_READ)
 			res = queue->ops->copy_to_request(queue->ctx, rq, 0, rq->buf, rq->length);
@@ -35,7 +40,7 @@ static void submit_to_origin(struct bsu_queue *queue, struct bsu_request *rq)
 		.done = origin_done,
 	};
 	/* FUA on a read means nothing here, and some disks lose data over it. */
-	if (rq->op == BSU_OP_READ || MUTANT(BSU_MUTANT_DROP_FUA))
+	if ((rq->op == BSU_OP_READ && !MUTANT(BSU_MUTANT_FUA_ON_READ)) || MUTANT(BSU_MUTANT_DROP_FUA))
 		rq->io.flags &= (uint8_t)~BSU_FUA;
 	bsu_submit(queue, &rq->io);
 }

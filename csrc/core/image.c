@@ -58,11 +58,23 @@ bool bsu_image_idle(const struct bsu_image *image)
 	return !atomic_load(&image->users);
 }
 
+/* A view that was replaced is in use until its switch is finished. */
+static bool is_in(const struct bsu_view *view, const struct bsu_image *image)
+{
+	const struct bsu_chain *chain = bsu_view_chain(view, image->storage);
+
+	for (unsigned int k = 0; chain && k < chain->nr_images; k++)
+		if (chain->image[k] == image)
+			return true;
+	return false;
+}
+
 int bsu_image_free(struct bsu_image *image)
 {
 	if (!image)
 		return 0;
-	if (atomic_load(&image->taken) || !bsu_image_idle(image) || image->dev->changing == image)
+	if (atomic_load(&image->taken) || !bsu_image_idle(image) || image->dev->changing == image ||
+	    is_in(image->dev->old_view, image))
 		return -EBUSY;
 	bsu_map_clear(image);
 	atomic_fetch_sub(&image->storage->users, 1);

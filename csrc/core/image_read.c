@@ -146,7 +146,7 @@ static bool records_hold(const struct bsu_segment *segment, const struct bsu_sto
 static int deliver(struct bsu_segment *segment)
 {
 	struct bsu_queue *queue = segment->queue;
-	uint64_t skip = segment->slot ? segment->start & (queue->dev->unit - 1) : 0;
+	uint64_t skip = segment->slot && !MUTANT(BSU_MUTANT_SKIP_IN_UNIT) ? segment->start & (queue->dev->unit - 1) : 0;
 
 	if (!segment->buf)
 		return 0;

@@ -183,7 +183,9 @@ static bool continue_io(struct bsu_queue *queue, struct bsu_io *io, uint64_t don
 		io->retries = 0;
 	io->offset += done;
 	io->length -= done;
-	if (io->buf)
+	if (MUTANT(BSU_MUTANT_SAME_BUFFER))
+		;
+	else if (io->buf)
 		io->buf = (char *)io->buf + done;
 	else
 		io->rq_offset += done;
@@ -193,7 +195,7 @@ static bool continue_io(struct bsu_queue *queue, struct bsu_io *io, uint64_t don
 
 static void io_result(struct bsu_queue *queue, struct bsu_io *io, int res)
 {
-	if (res == -EAGAIN || res == -EINTR) {
+	if ((res == -EAGAIN || res == -EINTR) && !MUTANT(BSU_MUTANT_AGAIN_IS_ERROR)) {
 		if (++io->retries <= BSU_IO_RETRIES) {
 			queue->ops->submit(queue->ctx, io);
 			return;
@@ -248,7 +250,8 @@ void bsu_queue_run(struct bsu_queue *queue)
 	enter(queue);
 	empty_inbox(queue);
 	if (atomic_load_explicit(&queue->retry, memory_order_relaxed) && atomic_exchange(&queue->retry, false)) {
-		move_all(&queue->ready, &queue->parked);
+		if (!MUTANT(BSU_MUTANT_LOSE_PARKED))
+			move_all(&queue->ready, &queue->parked);
 		move_all(&queue->ready, &queue->map_waiters);
 	}
 	leave(queue);
@@ -259,6 +262,7 @@ void bsu_queue_tick(struct bsu_queue *queue)
 	enter(queue);
 	if (queue->oldest)
 		bsu_copies_tick(queue, bsu_now(queue));
+	move_all(&queue->ready, &queue->copy_waiters);
 	move_all(&queue->ready, &queue->map_waiters);
 	leave(queue);
 }

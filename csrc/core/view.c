@@ -80,12 +80,20 @@ static struct bsu_view *view_change(const struct bsu_view *old, struct bsu_image
 	return view;
 }
 
+/* Older images of its chain read through the map of @image: it cannot go before them. */
+static bool is_read_through(const struct bsu_device *dev, const struct bsu_image *image)
+{
+	return bsu_view_chain(atomic_load(&dev->view), image->storage)->image[0] != image;
+}
+
 static int prepare(struct bsu_device *dev, struct bsu_image *image, bool take)
 {
 	if (dev->next_view || dev->old_view)
 		return -EBUSY;
-	if (image->dev != dev || atomic_load(&image->taken) == take)
+	if (image->dev != dev || !dev->origin || atomic_load(&image->taken) == take)
 		return -EINVAL;
+	if (!take && is_read_through(dev, image))
+		return -EBUSY;
 	dev->next_view = view_change(atomic_load(&dev->view), take ? image : NULL, take ? NULL : image);
 	if (!dev->next_view)
 		return -ENOMEM;

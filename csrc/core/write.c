@@ -145,13 +145,13 @@ static bool plan_chain(struct bsu_queue *queue, struct bsu_request *rq, const st
 	return true;
 }
 
-/* Waiting for map memory has taken too long: what lacks the units is given up. */
-static void break_for_memory(struct bsu_queue *queue, const struct bsu_view *view, uint64_t first, uint64_t last)
+/* Waiting has taken too long: what lacks the units is given up. */
+static void break_lacking(struct bsu_queue *queue, const struct bsu_view *view, uint64_t first, uint64_t last, int error)
 {
 	for (unsigned int c = 0; c < view->nr_chains; c++)
 		for (uint64_t unit = first; unit <= last; unit++)
 			if (chain_lacks(&view->chain[c], unit, unit))
-				bsu_chain_break(queue, &view->chain[c], unit, BSU_IMAGE_CORRUPTED, ENOMEM);
+				bsu_chain_break(queue, &view->chain[c], unit, BSU_IMAGE_CORRUPTED, error);
 }
 
 static void start_copies(struct bsu_request *rq, struct plan *plan)
@@ -166,20 +166,39 @@ static void start_copies(struct bsu_request *rq, struct plan *plan)
 	}
 }
 
-static void wait_for_map(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_view *view, uint64_t first, uint64_t last)
+/* Whether the request has waited for @limit, since the last time that it made progress. */
+static bool waited(struct bsu_queue *queue, struct bsu_request *rq, uint64_t limit)
 {
 	uint64_t now = bsu_now(queue);
 
 	if (!rq->waiting_since)
 		rq->waiting_since = now;
-	if (now - rq->waiting_since >= BSU_MAP_WAIT_NS) {
-		break_for_memory(queue, view, first, last);
-		rq->waiting_since = 0;
+	if (now - rq->waiting_since < limit)
+		return false;
+	rq->waiting_since = 0;
+	return true;
+}
+
+static void wait_for_map(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_view *view, uint64_t first, uint64_t last)
+{
+	if (waited(queue, rq, BSU_MAP_WAIT_NS)) {
+		break_lacking(queue, view, first, last, ENOMEM);
 		bsu_task_ready(queue, &rq->task);
 		return;
 	}
 	bsu_tasks_push(&queue->map_waiters, &rq->task);
 	queue->ops->notify(queue->ctx);
+}
+
+/* All copies are under way, and a silent storage may never let go of them. */
+static void wait_for_copy(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_view *view, uint64_t first, uint64_t last)
+{
+	if (waited(queue, rq, queue->dev->copy_limit_ns) && !MUTANT(BSU_MUTANT_WAIT_FOR_EVER)) {
+		break_lacking(queue, view, first, last, ETIMEDOUT);
+		bsu_task_ready(queue, &rq->task);
+		return;
+	}
+	bsu_tasks_push(&queue->copy_waiters, &rq->task);
 }
 
 void bsu_write_again(struct bsu_task *task)
@@ -194,6 +213,15 @@ void bsu_write_again(struct bsu_task *task)
 
 	if (MUTANT(BSU_MUTANT_LAST_UNIT) && last > first)
 		last--;
+	if (MUTANT(BSU_MUTANT_STORE_ERROR_TO_WRITER) && rq->result) {
+		bsu_request_end(queue, rq, rq->result);
+		return;
+	}
+	if (MUTANT(BSU_MUTANT_BREAK_AFTER_WRITE) && rq->result) {
+		bsu_origin_io(queue, rq);
+		break_lacking(queue, view, first, last, -rq->result);
+		return;
+	}
 	if (!view_lacks(view, first, last)) {
 		bsu_origin_io(queue, rq);
 		return;
@@ -205,6 +233,7 @@ void bsu_write_again(struct bsu_task *task)
 			c++;
 	if (!plan.copies && plan.conflict) {
 		queue->counters.waits++;
+		rq->waiting_since = 0;
 		bsu_tasks_push(&plan.conflict->waiters, task);
 	}
 	pthread_mutex_unlock(&dev->lock);
@@ -214,7 +243,7 @@ void bsu_write_again(struct bsu_task *task)
 	else if (plan.conflict)
 		return;
 	else if (plan.no_copy)
-		bsu_tasks_push(&queue->copy_waiters, task);
+		wait_for_copy(queue, rq, view, first, last);
 	else if (plan.no_map)
 		wait_for_map(queue, rq, view, first, last);
 	else
@@ -291,7 +320,7 @@ static void pass_gate(struct bsu_task *task)
 		return;
 	}
 	rq->in_gate = true;
-	if (!MUTANT(BSU_MUTANT_MARK_BEFORE_GATE))
+	if (!MUTANT(BSU_MUTANT_MARK_BEFORE_GATE) && !MUTANT(BSU_MUTANT_MARK_LATE))
 		bsu_device_mark_range(dev, rq->start, rq->length);
 	if (rq->op == BSU_OP_DISCARD) {
 		queue->counters.discards++;

@@ -5,7 +5,8 @@
  *   READ, WRITE    from and to fixed buffers: the pool, or the pages of a ublk
  *                  request; FUA is RWF_DSYNC
  *   FLUSH          fdatasync
- *   DISCARD        a block device's own command, or a hole in a file
+ *   DISCARD        a block device's own command, from a worker thread where it is
+ *                  refused otherwise; or a hole in a file
  *   WRITE_ZEROES   fallocate, in the first of these forms that is supported:
  *                  hole (not with NOUNMAP) -> zeroed range -> plain writes
  *
@@ -33,6 +34,7 @@ enum form {
 	FORM_ZERO_RANGE,
 	FORM_ZERO_WRITE,
 	FORM_SYNC,
+	FORM_BLOCKING,
 };
 
 /* cookie: transport index plus one, form, sectors written */
@@ -110,6 +112,8 @@ static void prep_discard(struct io_uring_sqe *sqe, struct bsu_io *io)
 	sqe->cmd_op = BSU_CMD_DISCARD;
 	sqe->addr = io->offset;
 	sqe->addr3 = io->length;
+	if (cookie_form(io->cookie) == FORM_BLOCKING)
+		sqe->flags |= IOSQE_ASYNC;
 }
 
 static void prep_zeroes(struct io_uring_sqe *sqe, struct bsu_io *io)
@@ -189,6 +193,18 @@ static bool unsupported(int res)
 	return res == -EOPNOTSUPP || res == -ENOSYS;
 }
 
+/*
+ * A disk that cannot say at once whether it would have to wait, as many of the
+ * device mapper's, refuses what must not wait: then a worker thread waits.
+ */
+static bool discard_goes_on(struct bsu_io *io, int res)
+{
+	if (!unsupported(res) || !io->file->is_device || cookie_form(io->cookie) != FORM_FIRST)
+		return false;
+	io->cookie = cookie_make(cookie_transport(io->cookie), FORM_BLOCKING, 0);
+	return true;
+}
+
 /* Sets the cookie to what comes next; false when the I/O has ended, with *res. */
 static bool zeroes_go_on(struct bsu_io *io, int *res)
 {
@@ -228,7 +244,8 @@ void bsu_io_ended(struct bsu_thread *thread, struct bsu_ring *ring, struct bsu_i
 {
 	struct bsu_transport *transport;
 
-	if (io->op == BSU_OP_WRITE_ZEROES && zeroes_go_on(io, &res)) {
+	if ((io->op == BSU_OP_WRITE_ZEROES && zeroes_go_on(io, &res)) ||
+	    (io->op == BSU_OP_DISCARD && discard_goes_on(io, res))) {
 		io_put(thread, ring, io);
 		return;
 	}

@@ -154,7 +154,7 @@ int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
 /*
  * Sends swallowed trims to the origin (a block device or a file) through the
  * origin ring of @thread, which must have the device's barrier, with the gate
- * closed for a slice of at most @slice bytes. Returns 1 while there are more.
+ * closed for a slice of at most @slice bytes and about 10 ms. Returns 1 while there are more.
  * -ETIMEDOUT when writes in flight have not ended after @limit_ms.
  */
 int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,

@@ -236,13 +236,16 @@ def test_swallowed_trims_are_sent_when_the_last_image_went(folder: Path, thread:
 
 def test_a_write_that_does_not_end_makes_a_take_late_and_nothing_else(folder: Path, thread: engine.Thread) -> None:
     # without map memory a write waits for some, for a few seconds
+    other = folder / "other"
+    other.mkdir()
     with (
         Filtered(folder, "a", SIZE, [thread]) as a,
         Filtered(folder, "bb", SIZE, [thread]) as b,
         Arena() as arena,
         Arena(0) as nothing,
         storage(folder, 1 << 20) as store,
-        Snapshot([b], store, nothing) as stuck,
+        storage(other, 1 << 20) as own,
+        Snapshot([b], own, nothing) as stuck,
     ):
         tag = b.queue.submit(Op.WRITE, 0, UNIT, memory(UNIT))
         with pytest.raises(TimeoutError):

@@ -209,7 +209,7 @@ def test_the_replaced_bitmap_is_unmapped(io: Io, client: IoClient, files: Files)
     bitmaps = {Path(name).name for name in io.mappings() if "next-" in name or "bitmap-" in name}
     assert "next-i3" in bitmaps
     assert bitmaps <= {"next-i2", "next-i3"}
-    for number in (2, 1, 3):
+    for number in (1, 2, 3):
         client.call(messages.Drop(f"i{number}"))
     client.call(messages.CloseDevice("d"))
     assert not any("next-" in name for name in io.mappings())
