@@ -4,7 +4,7 @@ ENGINE := src/blksnap_ublk/engine/_engine.abi3.so
 ENGINE_SOURCES := $(wildcard csrc/Makefile csrc/*.h csrc/*/*.[ch]) setup.py src/blksnap_ublk/engine/build.py
 SHELL := /bin/bash
 
-.PHONY: help setup build demo test lint bench clean
+.PHONY: help setup build demo test soak mutants coverage lint bench clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
@@ -27,6 +27,15 @@ demo: setup build ## snapshots and changed blocks on a real ublk device, told in
 
 test: setup build ## everything: unit tests here, device tests on a kernel with ublk
 	@scripts/test
+
+soak: build ## the tests of chance for an hour, or for BSU_SOAK_SECONDS
+	@BSU_SOAK_SECONDS=$${BSU_SOAK_SECONDS:-3600} $(PYTHON) -m pytest -q -s tests/unit/sim/test_any_order.py tests/unit/sim/test_dice.py
+
+mutants: build ## which test sees which seeded bug of csrc/core/mutant.h
+	@BSU_MUTANTS=1 scripts/run-variant $(PYTHON) -m tests.unit.sim.mutants
+
+coverage: build ## branches of csrc/core that the tests without a kernel take
+	@scripts/core-coverage
 
 lint: build ## ruff, mypy, and the C sources without a warning
 	@scripts/lint

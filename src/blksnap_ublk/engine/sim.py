@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The scripted executor: devices and images on byte arrays, where the caller decides the order and result of every I/O.
 
-For tests. Nothing happens by itself: I/O that the core submits waits for `complete`, queues that were woken wait for `run`,
-the clock waits for `tick`.
+For tests. Nothing happens by itself: I/O that the core submits waits for `complete`, queues that were woken wait for
+`run`, the clock waits for `tick`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SimFile(File):
 
 
 class Simulator(Handle):
-    """Files, threads (pools of buffers) and queues. To be closed when its queues are deleted and their devices closed."""
+    """Files, threads (pools of buffers) and queues. To be closed after its queues are deleted, their devices closed."""
 
     _name = "simulator"
 
@@ -105,7 +105,7 @@ class Simulator(Handle):
         check(lib.bsu_sim_del_queue(self.pointer, queue), "deleting a simulated queue")
 
     def request(self, queue: int, op: int, flags: int, start: int, length: int, data: Any = None) -> int | None:
-        """Starts a request, returns its id; None when all tags are taken. `data`: writable, kept by the caller until the end."""
+        """Starts a request, returns its id; None when all tags are taken. `data`: writable, kept until it has ended."""
         memory = ffi.NULL if data is None else ffi.from_buffer(data)
         result = int(lib.bsu_sim_request(self.pointer, queue, op, flags, start, length, memory))
         return None if result == -errno.EBUSY else check(result, "request")
@@ -186,8 +186,9 @@ class Simulator(Handle):
             lib.bsu_switch_finish(device.pointer)
             device.settled()
 
-    def next_swallowed(self, device: Device, most: int) -> tuple[int, int] | None:
-        """Start and length of the next swallowed trim, at most `most` bytes; it is forgotten. None when there is none."""
+    @staticmethod
+    def next_swallowed(device: Device, most: int) -> tuple[int, int] | None:
+        """Start and length of the next swallowed trim, at most `most` bytes; it is forgotten. None: there is none."""
         start, length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         if not lib.bsu_device_next_swallowed(device.pointer, most, start, length):
             return None
@@ -205,7 +206,7 @@ class Simulator(Handle):
 
     @staticmethod
     def first_wrong(image: Image, expected: Any, start: int = 0) -> int | None:
-        """First unit from `start` on for which the image would not give `expected` (all of the device) at this moment."""
+        """First unit from `start` on where the image, at this moment, would not give `expected` (all of the device)."""
         unit = int(lib.bsu_sim_first_wrong(image.pointer, ffi.from_buffer(expected), start))
         return None if unit == -errno.ENOENT else unit
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""A daemon of the test's own, in a runtime directory of its own, and disks; all gone at the end of its `with`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blksnap_ublk.client import Client, connect
+from tests.loop_devices import loop_device
+
+PATIENCE = 120.0
+"""Seconds for what takes a moment on a fast machine."""
+
+
+@dataclass
+class Disks:
+    """Loop devices `origin` and `other`, and a directory on a tmpfs."""
+
+    directory: Path
+    origin: str
+    other: str
+
+
+@dataclass
+class OwnDaemon:
+    """How to reach it. `environment` makes the command line use it."""
+
+    runtime: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs the command line; any exit code."""
+        command = [sys.executable, "-m", "blksnap_ublk.cli.main", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=PATIENCE)
+
+    def client(self) -> Client:
+        """A client of it; it is started where it does not run."""
+        return connect(str(self.runtime / "io.blksnap.Ublk"))
+
+    def pid(self, role: str) -> int:
+        """The process that is the keeper, io or control now."""
+        return int(json.loads((self.runtime / "daemon.lock").read_text())[role])
+
+    def log(self) -> str:
+        """What it has logged."""
+        path = self.runtime / "log"
+        return path.read_text() if path.exists() else ""
+
+    def state(self) -> set[str]:
+        """The names of its state files, apart from those of the keeper."""
+        names = os.listdir(self.runtime / "state")
+        return {name for name in names if not name.startswith(("ring-lock.", "map-", "events", "catalogue"))}
+
+
+def wait_until(what: str, condition: Callable[[], bool]) -> None:
+    """Waits for something that takes a moment; fails after a long time."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"still not so after {PATIENCE:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def ublk_nodes() -> set[str]:
+    """The ublk devices that exist."""
+    return {path.name for path in Path("/dev").glob("ublk[bc]*")}
+
+
+@contextmanager
+def disks(size: int) -> Iterator[Disks]:
+    """Two disks of `size` bytes, in memory where the guest offers that."""
+    base = "/tmp/guest" if os.path.ismount("/tmp/guest") else None
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=base)))
+        origin, other = (stack.enter_context(loop_device(directory / name, size)) for name in ("origin", "other"))
+        yield Disks(directory, origin, other)
+
+
+@contextmanager
+def own_daemon() -> Iterator[OwnDaemon]:
+    """A daemon that is running. At the end it removes what is left, and must leave nothing."""
+    before = ublk_nodes()
+    with tempfile.TemporaryDirectory(prefix="blksnap-test-") as runtime:
+        daemon = OwnDaemon(Path(runtime), os.environ | {"BLKSNAP_UBLK_RUN": runtime})
+        subprocess.run([sys.executable, "-m", "blksnap_ublk.daemon.main"], env=daemon.environment, check=True)
+        keeper = daemon.pid("keeper")
+        try:
+            yield daemon
+        finally:
+            try:
+                _empty(daemon)
+            finally:
+                os.kill(keeper, signal.SIGTERM)
+                wait_until("the daemon has ended", lambda: not _is_alive(keeper))
+    assert ublk_nodes() <= before, daemon.log()
+
+
+def _is_alive(pid: int) -> bool:
+    """Not for one that has ended and that its parent has not asked for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _empty(daemon: OwnDaemon) -> None:
+    with daemon.client() as client:
+        for snapshot in client.list_snapshots():
+            client.destroy_snapshots([snapshot.id], force=True)
+        for device in client.list_devices():
+            client.detach(device.device, force=True)

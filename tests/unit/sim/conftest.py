@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from blksnap_ublk.engine.sim import set_mutant
+
+
+@pytest.fixture(autouse=True, scope="session")
+def seeded_bug() -> None:
+    """BSU_MUTANT=N: all tests run with that seeded bug of csrc/core/mutant.h; see mutants.py."""
+    if number := int(os.environ.get("BSU_MUTANT", "0")):
+        set_mutant(number)

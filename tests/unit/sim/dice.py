@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""Steps by the roll of a seeded die: fast, for many steps; what a seed does never depends on anything else."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+
+from blksnap_ublk.engine.request import Flags, Op
+from blksnap_ublk.engine.sim import NEED_COPY, SimIo
+from tests.unit.sim.ending import end
+from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, Shape
+from tests.unit.sim.world import S, World
+
+CHANGES = (Op.WRITE,) * 6 + (Op.WRITE_ZEROES, Op.DISCARD)
+FLAGS = (0, 0, 0, 0, Flags.FUA, NEED_COPY, Flags.FUA | NEED_COPY)
+ERRORS = (errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO)
+
+
+class Dice:
+    """A world and what is thrown for it."""
+
+    def __init__(self, seed: int) -> None:
+        die = self.die = random.Random(seed)
+        tame = die.random() < 0.5
+        self.world = World(
+            Shape(
+                **die.choice(GEOMETRIES[:5] if die.random() < 0.9 else GEOMETRIES),
+                disks=die.choice((1, 1, 2)),
+                threads=die.choice((1, 2)),
+                queues=die.choice((1, 2, 3)),
+                depth=die.choice((1, 4, 12)),
+                zero_copy=die.random() < 0.5,
+                storages=die.choice(STORAGES),
+                map_memory=die.random() < 0.9,
+            ),
+            prompt=die.random() < 0.6,
+        )
+        self.errors = 0.0 if tame else die.choice((0.02, 0.2))
+        self.hasty = die.choice((0.3, 0.6, 0.9))
+        """How soon I/O completes."""
+        self.rare: tuple[Callable[[], None], ...] = (
+            self.grow,
+            self.mark,
+            lambda: self.world.tick(S),
+            *(() if tame else (self.slow, self.starve, self.damage, self.fail_data)),
+        )
+
+    def sector(self) -> int:
+        """Mostly within a few units, at or near their borders."""
+        die, shape = self.die, self.world.shape
+        per_unit = shape.unit // SECTOR
+        if die.random() < 0.2:
+            return die.randrange(shape.size // SECTOR)
+        unit = die.choice((0, 0, 1, 2, shape.units - 1, min(63, shape.units - 1), min(64, shape.units - 1)))
+        return unit * per_unit + die.choice((0, 0, 0, 1, per_unit - 1))
+
+    def sectors(self) -> int:
+        per_unit = self.world.shape.unit // SECTOR
+        return self.die.choice((1, 1, 2, per_unit, per_unit, per_unit + 1, 2 * per_unit, 5 * per_unit, 1 << 20))
+
+    def flags(self) -> int:
+        return self.die.choice(FLAGS)
+
+    def step(self) -> None:
+        """One step."""
+        die, world = self.die, self.world
+        chance = die.random()
+        if chance < 0.02:
+            self.die.choice(self.rare)()
+        elif chance < 0.10:
+            self.instant()
+        elif world.ios and die.random() < self.hasty:
+            self.some_io()
+        elif chance < 0.6:
+            world.change(die.randrange(8), die.choice(CHANGES), self.sector(), self.sectors(), self.flags())
+        elif chance < 0.85 and world.held:
+            world.read_image(die.randrange(16), self.sector(), self.sectors(), self.flags())
+        elif chance < 0.95:
+            world.read(die.randrange(8), self.sector(), self.sectors(), self.flags())
+        elif chance < 0.97:
+            world.flush(die.randrange(8))
+        if not world.prompt and die.random() < 0.5:
+            woken = [queue for queue in world.device_queues if world.sim.woken(queue)]
+            world.run(die.choice(woken) if woken and die.random() < 0.8 else None)
+
+    def some_io(self) -> None:
+        die, world = self.die, self.world
+        number = die.randrange(len(world.ios)) if die.random() < 0.8 else 0
+        kind = die.random()
+        if kind < 0.15:
+            world.apply(number)
+        elif kind < 0.25:
+            io = world.pick(number)
+            assert io
+            world.complete(number, short=self.short(io))
+        elif kind < 0.25 + 0.75 * self.errors:
+            world.complete(number, error=die.choice(ERRORS))
+        else:
+            world.complete(number)
+
+    def short(self, io: SimIo) -> int:
+        most = max(1, io.length // SECTOR)
+        return self.die.choice((1, 1, most // 2, most - 1, most)) * SECTOR - self.die.choice((0, 0, 0, 1, 511))
+
+    def instant(self) -> None:
+        """Moves towards a switch, or does it."""
+        die, world = self.die, self.world
+        number = die.randrange(len(world.disks))
+        disk = world.disks[number]
+        closed = [n for n, other in enumerate(world.disks) if other.gate_closed]
+        if not disk.gate_closed:
+            world.close_gate(number)
+        elif die.random() < 0.25:
+            world.open_gate(number)
+        elif not world.still(disk):
+            return
+        elif not world.held or die.random() < 0.4:
+            world.take(closed, die.randrange(4))
+        elif die.random() < 0.7:
+            world.drop(die.randrange(16))
+        else:
+            world.replay(number, die.choice((1, 5, 1000)) * disk.shape.tracking_block)
+
+    def grow(self) -> None:
+        self.world.grow(self.die.randrange(4), self.die.choice((1, 3, 100)))
+
+    def mark(self) -> None:
+        self.world.mark(self.die.randrange(4), self.sector(), self.sectors())
+
+    def slow(self) -> None:
+        self.world.tick(self.die.choice((6, 29, 31)) * S)
+
+    def starve(self) -> None:
+        if self.world.scarcity or not self.world.arena.total:
+            self.world.feed()
+        else:
+            self.world.starve(self.die.choice((0, 1, 2)))
+
+    def damage(self) -> None:
+        self.world.damage(self.die.randrange(4), self.die.randrange(1 << 16), self.die.choice((None, 0, 5, 9, 15)))
+
+    def fail_data(self) -> None:
+        self.world.fail_data()
+
+
+def play(seed: int, steps: int) -> None:
+    """A whole life; AssertionError tells what is wrong."""
+    dice = Dice(seed)
+    for _ in range(steps):
+        dice.step()
+    end(dice.world, silent=dice.die.random() < 0.5)

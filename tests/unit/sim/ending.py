@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""How a simulated world ends: everything that waits goes on, everything is read once more, everything is freed."""
+
+from __future__ import annotations
+
+from blksnap_ublk.engine import ImageStatus
+from tests.unit.sim.world import COPY_LIMIT_NS, MAP_LIMIT_NS, World
+
+READ_SECTORS = 1024
+
+
+def complete_all(world: World, *, storage: bool = True) -> None:
+    """Everything outstanding completes, oldest first; without `storage` only the origins answer."""
+    for _ in range(100_000):
+        world.run()
+        at = next((n for n, io in enumerate(world.ios.values()) if storage or not world.store_of(io)), None)
+        if at is None:
+            return
+        world.complete(at)
+    raise AssertionError("the I/O never ends")
+
+
+def origins_win(world: World) -> None:
+    """Storages are silent from now on: every request of a device ends all the same."""
+    for _ in range(6):
+        complete_all(world, storage=False)
+        world.tick(COPY_LIMIT_NS)
+    complete_all(world, storage=False)
+    left = [request for request in world.requests.values() if request.id not in world.readers]
+    assert not left, f"silent storage holds back requests of a device: {left}"
+
+
+def end(world: World, *, silent: bool = False) -> None:
+    """Checks that everything ends, then frees it all."""
+    for number in range(len(world.disks)):
+        world.open_gate(number)
+    if silent:
+        origins_win(world)
+    complete_all(world)
+    if world.starved:
+        # Only a shortage of map memory, the present or a past one, makes a request wait for the clock.
+        for _ in range(4):
+            world.tick(MAP_LIMIT_NS)
+            complete_all(world)
+    assert not world.requests, f"requests that never end: {list(world.requests.values())}"
+    for thread in world.threads:
+        assert not world.sim.pool_used(thread), "a buffer was not given back"
+    read_images(world)
+    for disk in world.disks:
+        disk.check_bitmap()
+        assert (disk.words == disk.words[:, :1]).all(), "a sector of an origin is torn"
+    for store in world.stores:
+        store.check_gaps()
+    close(world)
+
+
+def read_images(world: World) -> None:
+    """Each image, all of it, through its queue."""
+    for number, held in enumerate(world.held):
+        for start in range(0, held.disk.count, READ_SECTORS):
+            world.read_image(number, start, READ_SECTORS)
+            complete_all(world)
+        if held.image.status[0] is ImageStatus.ACTIVE and not held.unreadable and not held.store.damaged:
+            assert not held.sim.first_wrong(held.image, held.expected)
+
+
+def close(world: World) -> None:
+    """Drops and frees everything; whatever is still in use somewhere is found here."""
+    for number, disk in enumerate(world.disks):
+        world.close_gate(number)
+        assert world.still(disk)
+    while world.held:
+        assert world.drop(0)
+    for number, disk in enumerate(world.disks):
+        while world.replay(number, 3 * disk.shape.tracking_block):
+            pass
+        assert not disk.swallowed.any()
+        disk.check_bitmap()
+    assert not world.gone
+    if world.scarcity:
+        world.scarcity.close()
+    for disk in world.disks:
+        for queue in disk.queues:
+            world.sim.del_queue(queue)
+        disk.device.close()
+    assert world.arena.free == world.arena.total, "map memory was lost"
+    for store in world.stores:
+        store.storage.close()
+    world.arena.close()
+    world.sim.close()

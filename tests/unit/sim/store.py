@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""A difference storage and what is known of its places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from blksnap_ublk import engine
+from blksnap_ublk.engine.sim import SimFile, SimIo, Simulator
+
+GAP = 512
+"""Bytes before and after each area that nobody may write."""
+
+
+class Place:
+    """FREE: may be given out. BUSY: a storage write is under way. USED: written."""
+
+    FREE = 0
+    BUSY = 1
+    USED = 2
+
+
+class Store:
+    """A storage of areas that lie in files of their own."""
+
+    def __init__(self, sim: Simulator, unit: int, areas: tuple[int, ...]) -> None:
+        self.sim = sim
+        self.unit = unit
+        self.state = np.zeros(engine.STORAGE_STATE_BYTES, dtype=np.uint8)
+        self.storage = engine.Storage(self.state, unit=unit)
+        self.files: dict[int, tuple[SimFile, int]] = {}
+        """By index: the file, and the place that it begins with."""
+        self.records: list[tuple[int, Any]] = []
+        """Of each area: its first place, and the memory of its records."""
+        self.places = np.zeros(0, dtype=np.uint8)
+        self.damaged: set[int] = set()
+        """Places whose data a test has changed."""
+        self._used = 0
+        for units in areas:
+            self.grow(units)
+
+    def grow(self, units: int) -> None:
+        """Appends an area."""
+        length = units * self.unit
+        file = self.sim.add_file(GAP + length + GAP)
+        records = np.zeros(self.storage.records_bytes(length), dtype=np.uint8)
+        self.storage.add_area(file, GAP, length + GAP - 1, records)
+        self.files[file.index] = (file, len(self.places))
+        self.records.append((len(self.places), records))
+        self.places = np.concatenate([self.places, np.zeros(units, dtype=np.uint8)])
+
+    @property
+    def full(self) -> bool:
+        """Whether a copy found no room, at any time."""
+        return bool(self.state.view(np.uint32)[8])
+
+    @property
+    def used(self) -> int:
+        """Places given out."""
+        return self.storage.used // self.unit
+
+    def places_of(self, io: SimIo) -> slice:
+        """Which places an I/O is about."""
+        first = self.files[io.file][1] + (io.offset - GAP) // self.unit
+        return slice(first, first + (io.length + self.unit - 1) // self.unit)
+
+    def write_began(self, io: SimIo) -> None:
+        """A copy writes: nobody else has these places."""
+        places = self.places_of(io)
+        if not io.again:
+            assert io.length == io.units * self.unit
+            state = self.places[places]
+            assert not state.any(), f"places {places} are given out twice, now for unit {io.unit}"
+            assert places.stop <= self.used, f"places {places} are written and not given out"
+        self.places[places] = Place.BUSY
+        self.damaged -= set(range(places.start, places.stop))
+
+    def write_ended(self, io: SimIo) -> None:
+        """The write of a copy, all of it or its rest, has ended for good."""
+        stop = self.places_of(io).stop
+        self.places[stop - io.units : stop] = Place.USED
+        self.check()
+
+    def check(self) -> None:
+        """Places that went back are free, and nobody writes to them."""
+        used = self.used
+        if used < self._used:
+            returned = self.places[used : self._used]
+            assert not (returned == Place.BUSY).any(), "a place went back while it is written"
+            returned[:] = Place.FREE
+        self._used = used
+
+    def damage_record(self, place: int, byte: int) -> None:
+        """Changes one of the 16 bytes that say what a place holds."""
+        first, records = max((area for area in self.records if area[0] <= place), key=lambda area: area[0])
+        records[16 * (place - first) + byte] ^= 0xFF
+        self.damaged.add(place)
+
+    def damage(self, place: int) -> None:
+        """Changes a byte of a place that was written."""
+        for file, first in self.files.values():
+            offset = GAP + (place - first) * self.unit
+            if first <= place and offset < len(file.data) - GAP:
+                data: Any = np.frombuffer(file.data, np.uint8)
+                data[offset + self.unit // 2] ^= 0xFF
+                self.damaged.add(place)
+
+    def check_gaps(self) -> None:
+        """Nobody wrote outside the areas."""
+        for file, _ in self.files.values():
+            data = bytes(file.data[:GAP]) + bytes(file.data[len(file.data) - GAP :])
+            assert not any(data), f"file {file.index} was written outside its area"
