@@ -25,7 +25,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def following(shell: Shell) -> Iterator["subprocess.Popen[str]"]:
     """`events --follow`, which has printed its first line."""
     process = subprocess.Popen(
-        [*PROGRAM, "events", "--follow", "--since", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*PROGRAM, "events", "--follow", "--since", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shell.in_loop(lambda: shell.service.tell("taken"))
     assert process.stdout is not None
