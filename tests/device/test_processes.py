@@ -88,7 +88,14 @@ def fio(device: str, seconds: int = 6) -> Iterator[None]:
             [
                 *("fio", "--name=v", f"--filename={device}", "--rw=randrw", "--bs=4k-64k", "--bsrange=4k-64k"),
                 *("--direct=1", "--ioengine=libaio", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1"),
-                *("--verify_backlog=64", "--time_based", f"--runtime={seconds}", "--size=100%", "--minimal"),
+                *(
+                    "--verify_backlog=64",
+                    "--verify_state_save=0",
+                    "--time_based",
+                    f"--runtime={seconds}",
+                    "--size=100%",
+                    "--minimal",
+                ),
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
