@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Speeds, as ratios of runs side by side on one machine."""
