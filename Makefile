@@ -29,7 +29,7 @@ test: setup build ## everything: unit tests here, device tests on a kernel with 
 	@scripts/test
 
 soak: build ## the tests of chance for an hour, or for BSU_SOAK_SECONDS
-	@BSU_SOAK_SECONDS=$${BSU_SOAK_SECONDS:-3600} $(PYTHON) -m pytest -q -s tests/unit/sim/test_any_order.py tests/unit/sim/test_dice.py
+	@BSU_SOAK_SECONDS=$${BSU_SOAK_SECONDS:-3600} $(PYTHON) -m pytest -q -s tests/unit/sim/test_any_order.py tests/unit/sim/test_dice.py tests/unit/speaking tests/unit/leaks
 
 mutants: build ## which test sees which seeded bug of csrc/core/mutant.h
 	@BSU_MUTANTS=1 scripts/run-variant $(PYTHON) -m tests.unit.sim.mutants

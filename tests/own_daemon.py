@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,12 +86,15 @@ def disks(size: int) -> Iterator[Disks]:
 
 
 @contextmanager
-def own_daemon() -> Iterator[OwnDaemon]:
-    """A daemon that is running. At the end it removes what is left, and must leave nothing."""
+def own_daemon(program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> Iterator[OwnDaemon]:
+    """A daemon that is running. At the end it removes what is left, and must leave nothing.
+
+    `program`: what Python is to run to start it.
+    """
     before = ublk_nodes()
     with tempfile.TemporaryDirectory(prefix="blksnap-test-") as runtime:
         daemon = OwnDaemon(Path(runtime), os.environ | {"BLKSNAP_UBLK_RUN": runtime})
-        subprocess.run([sys.executable, "-m", "blksnap_ublk.daemon.main"], env=daemon.environment, check=True)
+        subprocess.run([sys.executable, *program], env=daemon.environment, check=True)
         keeper = daemon.pid("keeper")
         try:
             yield daemon

@@ -69,7 +69,6 @@ def expect_broken(daemon: OwnDaemon, disk: Filtered, snapshot: Snapshot, state: 
 
 
 @needs_dust
-@pytest.mark.quick
 def test_an_unreadable_sector_is_eio_in_the_image_for_its_unit_alone(client: Client, folder: Path, way: str) -> None:
     bad_sector = 5 * MIB // 512 + 3
     bad_unit = bad_sector * 512 // UNIT * UNIT
@@ -96,6 +95,7 @@ def test_an_unreadable_sector_is_eio_in_the_image_for_its_unit_alone(client: Cli
 
 
 @needs_dm
+@pytest.mark.quick
 def test_what_the_origin_refuses_the_filtered_device_refuses(client: Client, folder: Path, way: str) -> None:
     """With a snapshot and without; all else goes on, and the image has what can be read."""
     first, count = SECTORS // 2, 16

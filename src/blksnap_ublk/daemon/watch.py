@@ -13,11 +13,12 @@ from blksnap_ublk.forms import SnapshotState
 from blksnap_ublk.snapshot import create, map_memory, naming, report, storages
 from blksnap_ublk.snapshot.catalogue import SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
-from blksnap_ublk.snapshot.reconcile import reconcile
+from blksnap_ublk.snapshot.reconcile import reconcile, try_again
 from blksnap_ublk.snapshot.state_files import ImageStatus
 
 LOOK = 0.25  # seconds between two looks at the images
 FEED = 1.0  # seconds between two looks at map memory and fill levels
+TRY_AGAIN = 0.5  # seconds between two attempts to serve a device again that could not be
 _BROKEN = {ImageStatus.OVERFLOWN, ImageStatus.CORRUPTED}
 _EVENTS = {SnapshotState.OVERFLOWN: "overflow", SnapshotState.CORRUPTED: "corrupted"}
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._broken = {entry.id for entry in context.catalogue.snapshots() if self._is_broken(entry)}
         self._fed = 0.0
+        self._tried = time.monotonic()
 
     def start(self) -> None:
         """Begin to look."""
@@ -60,6 +62,9 @@ class Watch:
             _log.error("the io process has gone")
             reconcile(self._context)
             return
+        if time.monotonic() - self._tried > TRY_AGAIN:
+            try_again(self._context)
+            self._tried = time.monotonic()
         held = naming.held_snapshots(self._context.catalogue)
         for entry in held:
             if entry.id not in self._broken and self._is_broken(entry):

@@ -31,10 +31,12 @@ class RingLocks:
         for former, path in self._files():
             if former not in held:
                 path.unlink()
-        path = self._directory / f"{_PREFIX}{number}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # It gets its name when it is locked: whoever looks never finds it free, nor takes the lock by looking.
+        unnamed = self._directory / f"{_PREFIX}new"
+        descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unnamed.rename(self._directory / f"{_PREFIX}{number}")
         except BaseException:
             os.close(descriptor)
             raise

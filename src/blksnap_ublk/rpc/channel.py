@@ -8,10 +8,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from blksnap_ublk.rpc.descriptors import Descriptors
 
 MESSAGE_LIMIT = 1 << 20
 DESCRIPTOR_LIMIT = 253  # SCM_MAX_FD of the kernel
+
+# What msgspec raises for text that is not JSON, not UTF-8, of another type, or nested too deeply.
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _SO_SNDBUFFORCE = 32  # of asm-generic/socket.h; Python has no name for it
 _INT = array.array("i").itemsize

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from blksnap_ublk.rpc.channel import MESSAGE_LIMIT, Channel, Malformed
+from blksnap_ublk.rpc.channel import DECODE_ERRORS, MESSAGE_LIMIT, Channel, Malformed
 from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.rpc.peer import peer_of
 
@@ -84,7 +84,7 @@ class Client(Generic[A]):
             except BaseException:
                 datagram.descriptors.close()
                 raise
-        except (Malformed, msgspec.MsgspecError) as error:
+        except (Malformed, *DECODE_ERRORS) as error:
             raise OSError(errno.EBADMSG, f"not an answer: {error}", self._path) from error
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from blksnap_ublk.rpc.channel import MESSAGE_LIMIT, Channel, Malformed
+from blksnap_ublk.rpc.channel import DECODE_ERRORS, MESSAGE_LIMIT, Channel, Malformed
 from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.rpc.loop import Loop
 from blksnap_ublk.rpc.peer import Peer, peer_of
@@ -102,9 +102,11 @@ class Server(Generic[M]):
         # Closed before the answer: whoever has it may count on an exclusive open being gone where it was not taken.
         with datagram.descriptors as descriptors:
             try:
-                reply = self._answer(self._decoder.decode(datagram.payload), descriptors)
-            except msgspec.MsgspecError as error:
+                message = self._decoder.decode(datagram.payload)
+            except DECODE_ERRORS as error:
                 reply, malformed = None, f"not a message: {error}"
+            else:
+                reply = self._answer(message, descriptors)
         if reply is None:
             self._reject(channel, malformed)
         else:

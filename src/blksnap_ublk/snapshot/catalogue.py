@@ -30,7 +30,10 @@ class Phase(StrEnum):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """A ublk device as the kernel granted it; what its queues are started with."""
+    """A ublk device as the kernel granted it; what its queues are started with.
+
+    `mark` tells it from a later one that the kernel gave the same id to.
+    """
 
     ublk_id: int
     queues: int
@@ -38,6 +41,7 @@ class Served(msgspec.Struct, frozen=True):
     desc_size: int
     flags: int
     zero_copy: bool
+    mark: int = 0
 
 
 class DeviceEntry(msgspec.Struct, frozen=True):
@@ -100,7 +104,10 @@ class ImageEntry(msgspec.Struct, frozen=True):
 
 
 class SnapshotEntry(msgspec.Struct, frozen=True):
-    """A snapshot. `lost` says why it is corrupted although no image says so, for instance after the io process died."""
+    """A snapshot. `lost` says why it is corrupted although no image says so, for instance after the io process died.
+
+    `members`: the keys of its devices, also before it has images.
+    """
 
     id: str
     created: str
@@ -110,6 +117,7 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     images: list[ImageEntry]
     storage: StorageEntry
     lost: str | None = None
+    members: list[str] = []
 
 
 Entry = TypeVar("Entry", DeviceEntry, SnapshotEntry)
@@ -205,7 +213,7 @@ class Catalogue:
                 if file.version != _VERSION or zlib.crc32(bytes(file.entry)) != file.checksum:
                     raise ValueError("wrong version or checksum")
                 entry = msgspec.json.decode(file.entry, type=form)
-            except (ValueError, msgspec.MsgspecError) as error:
+            except (ValueError, RecursionError) as error:
                 _log.error("%s: damaged (%s)", path, error)
                 self.damaged.append(key)
                 path.rename(path.with_suffix(".damaged"))

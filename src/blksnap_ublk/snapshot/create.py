@@ -97,10 +97,6 @@ def _create(
     unit = max(member.unit for member in members)
     with ExitStack() as undo:
         former = storages.former_sizes(options.specs)
-        opened = storages.open_areas(
-            context, options.specs, limit=options.limit, needed=sum(member.size for member in members), unit=unit
-        )
-        undo.callback(opened.undo)
         entry = SnapshotEntry(
             id=snapshot_id,
             created=timestamp(time.time()),
@@ -108,9 +104,17 @@ def _create(
             frozen=False,
             gate_us=0,
             images=[],
-            storage=storages.describe(snapshot_id, opened, former, unit=unit, limit=options.limit),
+            storage=storages.announce(snapshot_id, options.specs, former, unit=unit, limit=options.limit),
+            members=[member.key for member in members],
         )
         undo.callback(context.catalogue.remove_snapshot, snapshot_id)
+        context.catalogue.put_snapshot(entry)
+        opened = storages.open_areas(
+            context, options.specs, limit=options.limit, needed=sum(member.size for member in members), unit=unit
+        )
+        undo.callback(opened.undo)
+        storage = storages.describe(snapshot_id, opened, former, unit=unit, limit=options.limit)
+        entry = msgspec.structs.replace(entry, storage=storage)
         context.catalogue.put_snapshot(entry)
         entry = _prepare(context, entry, members, opened, undo)
         entry, warnings = _take(context, entry, members, opened, options.freeze, undo)
@@ -194,7 +198,7 @@ def _take(
     """The instant. Afterwards the change numbers are used, whatever happens to the snapshot."""
     nodes = [os.stat(naming.block_path(member)).st_rdev for member in members]
     mounted = [] if freeze is Freeze.NO else mounted_on(DeviceNumber.of(node) for node in nodes)
-    with Freezer(mounted) as freezer, ExitStack() as closing:
+    with Freezer(mounted, context.io.lost) as freezer, ExitStack() as closing:
         bitmaps = []
         for member in members:
             prepared = context.histories[member.key].prepared
@@ -214,16 +218,20 @@ def _take(
         try:
             done = context.io.call(message, [*bitmaps, commit])
         except Failed:
-            # Whether it was taken can be said only when the io process is back: `reconcile` finds out, and cleans up.
-            storages.hold(context, opened)
-            undo.pop_all()
+            # Whether it was taken can be said only when the io process is back.
+            _leave_to_reconcile(context, opened, undo)
             raise
         finally:
             in_time = freezer.thaw()
-    for member, image in zip(members, entry.images, strict=True):
-        history = context.histories[member.key]
-        history.commit(image.change_number)
-        undo.callback(quietly, history.destroy, image.change_number)
+    try:
+        for image in entry.images:
+            context.histories[image.device].commit(image.change_number)
+    except (OSError, HistoryError):
+        # Writes are marked in the prepared bitmap by now: it must stay.
+        _leave_to_reconcile(context, opened, undo)
+        raise
+    for image in entry.images:
+        undo.callback(quietly, context.histories[image.device].destroy, image.change_number)
     if not in_time:
         frozen = False
         freezer.warnings.append("file systems had to be thawed before the snapshot was taken; it is as after a crash")
@@ -234,6 +242,12 @@ def _take(
     )
     context.catalogue.put_snapshot(entry)
     return entry, freezer.warnings
+
+
+def _leave_to_reconcile(context: Context, opened: OpenAreas, undo: ExitStack) -> None:
+    """Nothing is undone now: `reconcile` finds out from the commit file whether the instant came, and cleans up."""
+    storages.hold(context, opened)
+    undo.pop_all()
 
 
 def _start_image(context: Context, image: ImageEntry, undo: ExitStack) -> None:

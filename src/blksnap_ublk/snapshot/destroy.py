@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 def destroy(context: Context, snapshot: SnapshotEntry, *, force: bool) -> list[str]:
     """Removes a snapshot; returns warnings. With `force` readers of its images get errors.
 
-    Raises Busy naming who has an image open, NotFound when it is gone meanwhile, Failed; a snapshot whose removal has
-    begun is removed by the next attempt, or the next start.
+    Raises Busy naming who has an image open, or when a dead io process may still write to the storage; NotFound when it
+    is gone meanwhile, Failed; a snapshot whose removal has begun is removed by the next attempt, or the next start.
     """
     with context.locks.holding(image.device for image in snapshot.images):
         return destroy_locked(context, snapshot, force=force)
@@ -34,12 +34,14 @@ def destroy_locked(context: Context, snapshot: SnapshotEntry, *, force: bool) ->
         raise NotFound("no such snapshot", subject=snapshot.id)
     warnings: list[str] = []
     for image in entry.images:
-        if image.served is not None and not force:
+        if image.served is None or context.disks.state_of(image.served) is None:
+            continue
+        if not force:
             disks.refuse_used(image.served.ublk_id)
-    for image in entry.images:
-        if image.served is not None and force:
-            users = disks.users(image.served.ublk_id)
-            warnings += [f"/dev/ublkb{image.served.ublk_id}: {user} gets errors from now on" for user in users]
+        users = disks.users(image.served.ublk_id)
+        warnings += [f"/dev/ublkb{image.served.ublk_id}: {user} gets errors from now on" for user in users]
+    if entry.lost is not None:
+        storages.refuse_late_writes(context, entry.id)
     entry = msgspec.structs.replace(entry, phase=Phase.DESTROYING)
     context.catalogue.put_snapshot(entry)
     try:
@@ -77,7 +79,7 @@ def _end_image(context: Context, image: ImageEntry, *, force: bool) -> None:
     if image.served is None:
         return
     ublk_id = image.served.ublk_id
-    if context.disks.state_of(ublk_id) is None:
+    if context.disks.state_of(image.served) is None:
         return
     if not force:
         disks.refuse_used(ublk_id)

@@ -15,15 +15,17 @@ from blksnap_ublk.ioproc import messages
 from blksnap_ublk.snapshot import destroy, disks, naming
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase
 from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.ublk.device_info import DeviceState
 
+_LATE_WRITES_LIMIT = 2.0  # seconds for the origin to end what a dead io process has sent it
 _log = logging.getLogger(__name__)
 
 
 def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[str], list[str]]:
     """Writes back and stops; the ids of the snapshots that `force` destroyed, and warnings.
 
-    Raises Busy naming who holds it, unless `force`; Failed when what is cached cannot be written to the origin; then
-    the device goes on.
+    Raises Busy naming who holds it, unless `force`, and when requests of a dead io process are under way; Failed when
+    what is cached cannot be written to the origin; then the device goes on.
     """
     with context.locks.holding([device.key]):
         entry = context.catalogue.device(device.key)
@@ -35,9 +37,11 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
             named = ", ".join(snapshot.id for snapshot in held)
             advice = "destroy it first, or use --force"
             raise Busy(f"in use by snapshot {named}", subject=path, errno="EBUSY", advice=advice)
-        if not force:
+        _refuse_late_writes(context, entry)
+        users = disks.users(entry.served.ublk_id) if context.disks.state_of(entry.served) is not None else []
+        if users and not force:
             disks.refuse_used(entry.served.ublk_id)
-        warnings = [f"{path}: {user} gets errors from now on" for user in disks.users(entry.served.ublk_id)]
+        warnings = [f"{path}: {user} gets errors from now on" for user in users]
         for snapshot in held:
             warnings += destroy.destroy_locked(context, snapshot, force=True)
             warnings.append(f"{path}: its snapshot {snapshot.id} was destroyed")
@@ -45,6 +49,25 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
         warnings += take_apart(context, entry, in_use=force)
     context.emit("detached", device=path, origin=entry.origin, name=entry.name)
     return [snapshot.id for snapshot in held], warnings
+
+
+def _refuse_late_writes(context: Context, entry: DeviceEntry) -> None:
+    """For a device whose io process has died: its last write must have ended before others get the origin.
+
+    Raises Busy, after a moment.
+    """
+    assert entry.served is not None
+    waits = entry.key in context.conditions
+    if not waits or context.disks.state_of(entry.served) in (None, DeviceState.DEAD):
+        return
+    try:
+        context.disks.begin_recovery(entry.served.ublk_id, _LATE_WRITES_LIMIT)
+    except TimeoutError:
+        text = "the origin does not answer: requests of the io process that died are still under way"
+        advice = "try again when they have ended"
+        raise Busy(text, subject=naming.block_path(entry), errno="EBUSY", advice=advice) from None
+    except OSError as error:
+        raise from_os_error(error, subject=naming.block_path(entry)) from None
 
 
 def resume(context: Context, entry: DeviceEntry) -> None:
@@ -61,10 +84,10 @@ def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> 
     """
     warnings = []
     try:
-        if entry.served is not None and context.disks.state_of(entry.served.ublk_id) is not None:
+        if entry.served is not None and context.disks.state_of(entry.served) is not None:
             context.disks.stop(entry.served.ublk_id)
         context.io.end(messages.CloseDevice(entry.key))
-        if entry.served is not None and context.disks.state_of(entry.served.ublk_id) is not None:
+        if entry.served is not None and context.disks.state_of(entry.served) is not None:
             context.disks.delete(entry.served.ublk_id, in_use=in_use)
     except OSError as error:
         raise from_os_error(error, subject=entry.origin) from None
@@ -87,7 +110,7 @@ def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> 
 def _write_back_and_stop(context: Context, entry: DeviceEntry, *, force: bool) -> None:
     """The entry says that it goes before it does, and no longer when it stays."""
     assert entry.served is not None
-    if context.disks.state_of(entry.served.ublk_id) is None:
+    if context.disks.state_of(entry.served) is None:
         _log.warning("%s: its ublk device is gone already", entry.origin)
         return
     context.catalogue.put_device(msgspec.structs.replace(entry, phase=Phase.DESTROYING))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import time
 import zlib
 from pathlib import Path
@@ -18,10 +19,13 @@ from blksnap_ublk.ublk.device_info import DESC_SIZE, DeviceInfo, DeviceState
 from blksnap_ublk.ublk.limits import needs_copy, params_of_block_device
 from blksnap_ublk.ublk.negotiation import DataPath, Wish, settle
 
-_TAG = 0xB5AC << 48  # in `server_flags` of every ublk device of ours, with a checksum of the runtime directory
+# `server_flags` of every ublk device of ours: this tag, its mark, a checksum of the runtime directory.
+_TAG = 0xB5AC << 48
+_MARK_SHIFT, _MARK_BITS = 32, 16
+_MARK = (1 << _MARK_BITS) - 1 << _MARK_SHIFT
 IMAGE_DEPTH = 64
 _NODE_LIMIT = 10.0  # seconds for udev or devtmpfs to make a node
-_RECOVERY_LIMIT = 60.0  # seconds for the last I/O of a dead io process
+_RECOVERY_LIMIT = 60.0  # seconds for the queues of another io process to be taken into use
 _STOP_LIMIT = 60.0  # seconds for the requests in flight
 
 
@@ -67,15 +71,15 @@ class Disks:
         else:
             control_plane.delete_device(self._control, ublk_id)
 
-    def state_of(self, ublk_id: int) -> DeviceState | None:
-        """The kernel's state of a device of ours; None where there is none. Raises OSError."""
+    def state_of(self, served: Served) -> DeviceState | None:
+        """The kernel's state of this device; None where it is gone, its id in use again or not. Raises OSError."""
         try:
-            info = self._control.info(ublk_id)
+            info = self._control.info(served.ublk_id)
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return None
             raise
-        return info.state if info.server_flags == self._tag else None
+        return info.state if self._is_ours(info) and _mark_of(info) == served.mark else None
 
     def served_as(self, ublk_id: int) -> Served:
         """What a device that exists is served with, where only the kernel remembers. Raises OSError."""
@@ -84,9 +88,12 @@ class Disks:
         # The DMA alignment is a parameter of devices on the zero-copy way only.
         return _served(info, zero_copy=params.dma_alignment is not None)
 
-    def begin_recovery(self, ublk_id: int) -> None:
-        """Takes a device from a dead io process, as soon as its last I/O has ended. Raises OSError."""
-        control_plane.start_recovery(self._control, ublk_id, timeout=_RECOVERY_LIMIT)
+    def begin_recovery(self, ublk_id: int, seconds: float) -> None:
+        """Takes a device from a dead io process, as soon as its last I/O has ended.
+
+        Raises OSError; TimeoutError when that has not come after so many seconds.
+        """
+        control_plane.start_recovery(self._control, ublk_id, timeout=seconds)
 
     def end_recovery(self, ublk_id: int, pid: int) -> None:
         """Requests go on, to process `pid`, which has armed its queues. Raises OSError."""
@@ -94,10 +101,14 @@ class Disks:
 
     def ours(self) -> list[DeviceInfo]:
         """All ublk devices of ours that exist, those of interrupted attempts included. Raises OSError."""
-        return [info for info in self._control.devices() if info.server_flags == self._tag]
+        return [info for info in self._control.devices() if self._is_ours(info)]
+
+    def _is_ours(self, info: DeviceInfo) -> bool:
+        return info.server_flags & ~_MARK == self._tag
 
     def _add(self, origin: BlockDevice, wish: Wish, queues: int, depth: int, *, read_only: bool) -> Served:
-        added = control_plane.create_device(self._control, wish, queues=queues, depth=depth, server_flags=self._tag)
+        flags = self._tag | secrets.randbits(_MARK_BITS) << _MARK_SHIFT
+        added = control_plane.create_device(self._control, wish, queues=queues, depth=depth, server_flags=flags)
         try:
             data_path = settle(wish, added.flags, target_needs_copy=needs_copy(origin.limits))
             params = params_of_block_device(
@@ -145,6 +156,10 @@ def write_back_and_stop(ublk_id: int, *, force: bool) -> None:
             raise from_os_error(error, subject=f"/dev/ublkb{ublk_id}") from None
 
 
+def _mark_of(info: DeviceInfo) -> int:
+    return (info.server_flags & _MARK) >> _MARK_SHIFT
+
+
 def _served(info: DeviceInfo, *, zero_copy: bool) -> Served:
     return Served(
         ublk_id=info.id,
@@ -153,4 +168,5 @@ def _served(info: DeviceInfo, *, zero_copy: bool) -> Served:
         desc_size=DESC_SIZE,
         flags=int(info.flags),
         zero_copy=zero_copy,
+        mark=_mark_of(info),
     )

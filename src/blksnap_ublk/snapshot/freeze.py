@@ -10,7 +10,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,7 @@ from blksnap_ublk.host.number import DeviceNumber
 FREEZE_LIMIT = 10.0
 """Seconds after which the helper thaws by itself."""
 _PREPARE_LIMIT = 60.0  # seconds for writing back what is dirty and for freezing
+_LOOK = 0.2  # seconds between two looks whether waiting has become vain
 _HELPER = Path(__file__).with_name("freezer.py")
 
 
@@ -39,10 +40,14 @@ class Freezer:
     """Context manager around the moment of a snapshot: started on entry, thawed at the latest on exit.
 
     `freeze()` and `thaw()` are called in between. `warnings` says which file system could not be frozen and why.
+    Nothing is waited for any more once `given_up()` says so: a device whose server has died does not come back as long
+    as an operation holds its lock. The helper thaws all the same as soon as it can.
     """
 
-    def __init__(self, mounted: list[mounts.Mount]) -> None:
+    def __init__(self, mounted: list[mounts.Mount], given_up: Callable[[], bool] = lambda: False) -> None:
         self._mounts = mounted
+        self._given_up = given_up
+        self._frozen: list[mounts.Mount] = []
         self._helper: subprocess.Popen[bytes] | None = None
         self.warnings: list[str] = []
 
@@ -75,9 +80,11 @@ class Freezer:
             raise Failed("the helper process that freezes file systems gave a wrong answer")
         complete = True
         for mount, result in zip(self._mounts, results, strict=True):
-            if result == errno.EBUSY:
+            if result == 0:
+                self._frozen.append(mount)
+            elif result == errno.EBUSY:
                 self.warnings.append(f"{mount.point}: already frozen by somebody else; left as it is")
-            elif result:
+            else:
                 complete = False
                 name = errno.errorcode.get(result, str(result))
                 text = f"{mount.filesystem} was not frozen: {os.strerror(result)} ({name})"
@@ -85,11 +92,18 @@ class Freezer:
         return complete
 
     def thaw(self) -> bool:
-        """Thaws; False when the helper had to do so before it was told: then the moment may have been missed."""
+        """Thaws; False when the helper had to do so before it was told: then the moment may have been missed.
+
+        Raises nothing: what was taken is taken. A helper that has died is replaced.
+        """
         if self._helper is None:
             return True
         self._tell()
-        answer = self._answer(_PREPARE_LIMIT)
+        try:
+            answer = self._answer(_PREPARE_LIMIT)
+        except Failed as error:
+            self.warnings.append(f"{', '.join(mount.point for mount in self._mounts)}: {error.message}")
+            return False
         for mount, result in zip(self._mounts, answer.get("thawed") or [], strict=False):
             if result not in (0, errno.EINVAL):
                 self.warnings.append(f"{mount.point}: could not be thawed: {os.strerror(result)}; run fsfreeze -u")
@@ -105,9 +119,13 @@ class Freezer:
         line = b""
         while not line.endswith(b"\n"):
             left = end - time.monotonic()
-            if left <= 0 or not select.select([stdout], [], [], left)[0]:
+            if left <= 0:
                 advice = "use --no-freeze, or find what holds it up"
                 raise Failed(f"freezing took longer than {limit:.0f} s", advice=advice)
+            if not select.select([stdout], [], [], min(left, _LOOK))[0]:
+                if self._given_up():
+                    raise Failed("the io process died while file systems were frozen", advice="try again")
+                continue
             piece = os.read(stdout.fileno(), 4096)
             if not piece:
                 raise Failed("the helper process that freezes file systems has died", advice="see the daemon's log")
@@ -121,8 +139,15 @@ class Freezer:
             return
         _stdin(helper).close()
         _stdout(helper).close()
-        with suppress(subprocess.TimeoutExpired):  # it waits in the kernel, and thaws as soon as that lets it
-            helper.wait(_PREPARE_LIMIT)
+        end = time.monotonic() + _PREPARE_LIMIT
+        # It may wait in the kernel, and thaws as soon as that lets it.
+        while helper.poll() is None and time.monotonic() < end and not self._given_up():
+            with suppress(subprocess.TimeoutExpired):
+                helper.wait(_LOOK)
+        if self._frozen and helper.poll() not in (None, 0):
+            # It died; one that still waits thaws by itself. Nobody waits for the other: it may have to for the device.
+            command = [sys.executable, "-I", "-S", str(_HELPER), "thaw", *map(_seen_from_here, self._frozen)]
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _seen_from_here(mount: mounts.Mount) -> str:

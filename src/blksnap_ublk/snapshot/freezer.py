@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The helper process that freezes file systems: `python freezer.py SECONDS DIRECTORY…`.
+"""The helper process that freezes file systems: `python freezer.py SECONDS DIRECTORY…`, or `thaw DIRECTORY…`.
 
 It thaws what it froze when it is told to, when its standard input ends because the process that started it has died,
 or after SECONDS, whatever comes first. It answers each step with one line of JSON. It is a process of its own because a
@@ -25,6 +25,8 @@ _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
 def main() -> int:
+    if sys.argv[1] == "thaw":
+        return _thaw(sys.argv[2:])
     seconds, directories = float(sys.argv[1]), sys.argv[2:]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -57,6 +59,13 @@ def main() -> int:
         late = True
     thawed = [_ioctl(descriptor, _FITHAW) for descriptor in reversed(frozen)]
     _answer({"late": late, "thawed": list(reversed(thawed))})
+    return 0
+
+
+def _thaw(directories: list[str]) -> int:
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            _ioctl(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), _FITHAW)
     return 0
 
 

@@ -32,6 +32,8 @@ def rebuild_devices(context: Context, inventory: messages.Inventory, known: Coll
     for report in inventory.devices:
         if report.device in known or not report.serving or report.ublk_id is None:
             continue
+        if context.catalogue.device(report.device) is not None:  # attached since `known` was looked up
+            continue
         try:
             entry = _rebuilt(context, report.device, report.ublk_id)
         except (OSError, BlksnapError) as error:
@@ -46,7 +48,10 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
 
     `keys`: the devices whose locks are held; operations on others may be under way and are left alone.
     """
+    # What exists is looked up before what is known: what an attach makes meanwhile is known by then.
     inventory = context.io.inventory()
+    names = _held_names(context)
+    files = context.state.names()
     snapshots = {entry.id for entry in context.catalogue.snapshots()}
     _remove_images(context, inventory, snapshots, keys)
     for storage in inventory.storages:
@@ -56,11 +61,11 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
     for device in inventory.devices:
         if device.device not in devices and not device.serving:
             _tried(f"device {device.device}", context, messages.CloseDevice(device.device))
-    _remove_unstarted(context)
+    _remove_unstarted(context, keys)
     _release_numbers(context, keys)
     devices |= {report.device for report in inventory.devices}
-    _remove_descriptors(context, snapshots, devices)
-    _remove_files(context, inventory, snapshots, devices)
+    _remove_descriptors(context, names, snapshots, devices)
+    _remove_files(context, files, inventory, snapshots, devices)
 
 
 def _rebuilt(context: Context, key: str, ublk_id: int) -> DeviceEntry:
@@ -105,8 +110,17 @@ def _remove_images(
             _log.error("image %s: %s", image.image, error)
 
 
-def _remove_unstarted(context: Context) -> None:
-    """ublk devices that were added and never got into the catalogue, or were left when they were to be deleted."""
+def _remove_unstarted(context: Context, keys: Collection[str]) -> None:
+    """ublk devices that were added and never got into the catalogue, or were left when they were to be deleted.
+
+    An attach, or a snapshot of another device, that is under way may have added one and not yet written it down.
+    """
+    existing = context.disks.ours()
+    if any(entry.phase is Phase.CREATING and entry.key not in keys for entry in context.catalogue.devices()) or any(
+        entry.phase is Phase.CREATING and any(member not in keys for member in entry.members)
+        for entry in context.catalogue.snapshots()
+    ):
+        return
     ours = {entry.served.ublk_id for entry in context.catalogue.devices() if entry.served is not None}
     ours |= {
         image.served.ublk_id
@@ -114,7 +128,7 @@ def _remove_unstarted(context: Context) -> None:
         for image in entry.images
         if image.served is not None
     }
-    for info in context.disks.ours():
+    for info in existing:
         if info.id in ours:
             continue
         if info.state is DeviceState.DEAD:
@@ -132,8 +146,18 @@ def _release_numbers(context: Context, keys: Collection[str]) -> None:
                 history.destroy(number)
 
 
-def _remove_descriptors(context: Context, snapshots: Collection[str], devices: Collection[str]) -> None:
-    for name in context.keeper.names():
+def _held_names(context: Context) -> list[str]:
+    try:
+        return context.keeper.names()
+    except OSError as error:
+        _log.error("the keeper does not answer: %s", error)
+        return []
+
+
+def _remove_descriptors(
+    context: Context, names: Collection[str], snapshots: Collection[str], devices: Collection[str]
+) -> None:
+    for name in names:
         kind, _, rest = name.partition(":")
         key = rest.partition(":")[0]
         if (kind == "origin" and key not in devices) or (kind == "storage" and key not in snapshots):
@@ -142,9 +166,13 @@ def _remove_descriptors(context: Context, snapshots: Collection[str], devices: C
 
 
 def _remove_files(
-    context: Context, inventory: messages.Inventory, snapshots: Collection[str], devices: Collection[str]
+    context: Context,
+    files: Collection[str],
+    inventory: messages.Inventory,
+    snapshots: Collection[str],
+    devices: Collection[str],
 ) -> None:
-    for name in context.state.names():
+    for name in files:
         of_snapshot, of_device = _OF_SNAPSHOT.fullmatch(name), _OF_DEVICE.fullmatch(name)
         unknown = (
             (of_snapshot is not None and of_snapshot["id"] not in snapshots)

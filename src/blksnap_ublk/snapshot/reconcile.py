@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import msgspec
@@ -24,6 +25,9 @@ from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState as KernelState
 
+_PATIENCE = 5.0  # seconds for the last I/O of a dead io process, before the device is tried again from time to time
+_AT_ONCE = 16  # devices that are recovered at the same time
+_DIED = "the io process that preserved its data has died"
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +43,9 @@ def reconcile(context: Context) -> None:
         keys |= {entry.key for entry in context.catalogue.devices()} & {report.device for report in inventory.devices}
         devices = [entry for entry in context.catalogue.devices() if entry.key in keys]
         snapshots = [
-            entry for entry in context.catalogue.snapshots() if all(image.device in keys for image in entry.images)
+            entry
+            for entry in context.catalogue.snapshots()
+            if keys.issuperset(entry.members) and all(image.device in keys for image in entry.images)
         ]
         for device in devices:
             _guarded(device.origin, _open_history, context, device)
@@ -47,9 +53,7 @@ def reconcile(context: Context) -> None:
             if snapshot.phase is Phase.CREATING:
                 _guarded(f"snapshot {snapshot.id}", settle_take, context, snapshot)
         devices = [_kept(context, device, inventory) for device in devices]
-        for device in devices:
-            if device.phase is Phase.ACTIVE:
-                _restore_device(context, device, inventory)
+        _restore_devices(context, [device for device in devices if device.phase is Phase.ACTIVE], inventory)
         for snapshot in snapshots:
             _guarded(f"snapshot {snapshot.id}", _restore_snapshot, context, snapshot, inventory)
         for device in devices:
@@ -57,6 +61,15 @@ def reconcile(context: Context) -> None:
                 going = detach.resume if device.phase is Phase.DESTROYING else detach.take_apart
                 _guarded(device.origin, going, context, device)
         _guarded("removing what is left over", leftovers.remove_unknown, context, keys)
+
+
+def try_again(context: Context) -> None:
+    """Once more for devices that could not be served again, for instance because their origin did not answer."""
+    for key in list(context.conditions):
+        with context.locks.holding([key]):
+            device = context.catalogue.device(key)
+            if device is not None and device.phase is Phase.ACTIVE and key in context.conditions:
+                _restore_device(context, device, context.io.inventory(), patience=0)
 
 
 def settle_take(context: Context, snapshot: SnapshotEntry) -> None:
@@ -82,7 +95,7 @@ def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) 
     known = any(report.device == device.key for report in inventory.devices)
     if known or device.phase is not Phase.DESTROYING or device.served is None:
         return device
-    if context.disks.state_of(device.served.ublk_id) in (None, KernelState.DEAD):
+    if context.disks.state_of(device.served) in (None, KernelState.DEAD):
         return device
     device = msgspec.structs.replace(device, phase=Phase.ACTIVE)
     context.catalogue.put_device(device)
@@ -112,30 +125,49 @@ def _open_history(context: Context, device: DeviceEntry) -> None:
     context.histories[device.key] = history
 
 
-def _restore_device(context: Context, device: DeviceEntry, inventory: messages.Inventory) -> None:
-    """Leaves a device that is served alone; otherwise lets the io process of now serve it."""
+def _restore_devices(context: Context, devices: list[DeviceEntry], inventory: messages.Inventory) -> None:
+    """All at once: one whose origin does not answer does not keep the others waiting."""
+    if devices:
+        with ThreadPoolExecutor(min(len(devices), _AT_ONCE), thread_name_prefix="recovery") as threads:
+            list(threads.map(lambda device: _restore_device(context, device, inventory), devices))
+
+
+def _restore_device(
+    context: Context, device: DeviceEntry, inventory: messages.Inventory, patience: float = _PATIENCE
+) -> None:
+    """Leaves a device that is served alone; otherwise lets the io process of now serve it.
+
+    The last I/O of a dead one is waited for `patience` seconds.
+    """
     report = next((report for report in inventory.devices if report.device == device.key), None)
     if report is not None and report.serving:
         context.conditions.pop(device.key, None)
         return
     path = naming.block_path(device)
-    context.conditions[device.key] = DeviceState.RECOVERING
-    _log.warning("%s: its io process is gone; recovering", path)
+    before = context.conditions.get(device.key)
+    if before is None:
+        context.conditions[device.key] = DeviceState.RECOVERING
+        _log.warning("%s: its io process is gone; recovering", path)
     try:
-        _recover(context, device, known=report is not None)
+        _recover(context, device, known=report is not None, patience=patience)
+    except TimeoutError as error:
+        if patience:
+            _log.warning("%s: waits, and is tried again: %s", path, error)
+        return
     except (BlksnapError, OSError, HistoryError) as error:
         context.conditions[device.key] = DeviceState.FAILED
-        _log.error("%s: cannot be served again: %s", path, error)
-        context.emit("failed", device=path, error=str(error))
+        if before is not DeviceState.FAILED:
+            _log.error("%s: cannot be served again, will be tried from time to time: %s", path, error)
+            context.emit("failed", device=path, error=str(error))
         return
     context.conditions.pop(device.key, None)
     context.emit("recovered", device=path)
 
 
-def _recover(context: Context, device: DeviceEntry, *, known: bool) -> None:
+def _recover(context: Context, device: DeviceEntry, *, known: bool, patience: float) -> None:
     served = device.served
     assert served is not None
-    if context.disks.state_of(served.ublk_id) in (None, KernelState.DEAD):
+    if context.disks.state_of(served) in (None, KernelState.DEAD):
         raise Failed("its disk was removed by somebody else", advice="detach it")
     if known:
         context.io.end(messages.CloseDevice(device.key))
@@ -145,7 +177,7 @@ def _recover(context: Context, device: DeviceEntry, *, known: bool) -> None:
     finally:
         os.close(origin)
     try:
-        context.disks.begin_recovery(served.ublk_id)
+        context.disks.begin_recovery(served.ublk_id, patience)
         context.io.call(attach.serve_message(device.key, served))
         context.disks.end_recovery(served.ublk_id, context.io.pid)
     except BaseException:
@@ -175,22 +207,31 @@ def _claimed_origin(context: Context, device: DeviceEntry) -> int:
 
 def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: messages.Inventory) -> None:
     """Keeps a snapshot that lives in the io process; otherwise it is corrupted, and its images end."""
+    died = not any(report.storage == snapshot.storage.key for report in inventory.storages)
     if snapshot.phase is not Phase.ACTIVE:
+        if died and snapshot.lost is None:
+            # Should the rest of its removal have to wait, it can be seen, and removed by its users.
+            snapshot = msgspec.structs.replace(snapshot, phase=Phase.DESTROYING, lost=_DIED)
+            context.catalogue.put_snapshot(snapshot)
         destroy.try_destroy(context, snapshot)
         return
     known = {report.image for report in inventory.images if report.taken and report.serving}
     if all(image.key in known for image in snapshot.images):
         storages.adopt(context, snapshot.storage)
+        context.state.remove(create.commit_name(snapshot.id))
         return
     if snapshot.lost is None:
-        snapshot = msgspec.structs.replace(snapshot, lost="the io process that preserved its data has died")
+        snapshot = msgspec.structs.replace(snapshot, lost=_DIED)
         context.catalogue.put_snapshot(snapshot)
         context.emit("corrupted", snapshot=snapshot.id, device=snapshot.images[0].filtered, error=snapshot.lost)
     for image in snapshot.images:
-        if image.served is not None and context.disks.state_of(image.served.ublk_id) is not None:
+        if image.served is not None and context.disks.state_of(image.served) is not None:
             context.disks.stop(image.served.ublk_id)
             context.io.end(messages.FinishImage(image.key))
             context.disks.delete(image.served.ublk_id, in_use=True)
+    # Their ids are free for other devices.
+    images = [msgspec.structs.replace(image, served=None) for image in snapshot.images]
+    context.catalogue.put_snapshot(msgspec.structs.replace(snapshot, images=images))
 
 
 def _guarded(subject: str, function: object, *arguments: object) -> None:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import os
+import stat
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from blksnap_ublk.errors import BlksnapError, Failed
+from blksnap_ublk.errors import BlksnapError, Busy, Failed
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
+from blksnap_ublk.keeper.ring_locks import RingLocks
 from blksnap_ublk.snapshot import host_view
 from blksnap_ublk.snapshot.catalogue import AreaEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
@@ -23,6 +26,8 @@ from blksnap_ublk.snapshot.undoing import quietly
 
 WRITE_AHEAD = 128 << 20
 """Bytes of a storage that are written with zeroes before it is used, where its files have never been written."""
+
+_LATE_WRITES_LIMIT = 2.0  # seconds for the storage to end what a dead io process has sent it
 
 
 def open_areas(context: Context, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int) -> OpenAreas:
@@ -54,6 +59,22 @@ def former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
         except OSError:
             found[spec.path] = -1
     return found
+
+
+def announce(key: str, specs: Sequence[Spec], former: dict[str, int], *, unit: int, limit: int | None) -> StorageEntry:
+    """The catalogue's entry before anything is opened: all that it says is which files may be made longer.
+
+    So they are cut back should this process die before there is more to say.
+    """
+    areas = []
+    for path in dict.fromkeys(spec.path for spec in specs if former[spec.path] >= 0):
+        with suppress(OSError):
+            status = os.stat(host_view.find(path))
+            if stat.S_ISREG(status.st_mode):
+                device = DeviceNumber.of(status.st_dev)
+                number = (device.major, device.minor)
+                areas.append(AreaEntry(path, "", number, status.st_ino, 0, 0, former_size=former[path]))
+    return StorageEntry(key=key, unit=unit, limit=limit, on_overflow="break", areas=areas)
 
 
 def describe(key: str, opened: OpenAreas, former: dict[str, int], *, unit: int, limit: int | None) -> StorageEntry:
@@ -120,9 +141,9 @@ def release(context: Context, storage: StorageEntry) -> list[str]:
     """After `drop`: closes the files and cuts back those that were made for it; what could not be done, in words."""
     warnings = []
     for area in storage.areas:
-        identity = Identity(DeviceNumber(*area.filesystem), area.inode)
-        with suppress(KeyError):
-            context.registry.release(identity)
+        if area.length:
+            with suppress(KeyError):
+                context.registry.release(Identity(DeviceNumber(*area.filesystem), area.inode))
         if area.former_size is not None:
             try:
                 _restore(area)
@@ -139,6 +160,23 @@ def adopt(context: Context, storage: StorageEntry) -> None:
         except OSError as error:
             raise Failed("the storage is no longer held", subject=area.path, errno="ENOENT") from error
         context.registry.adopt(Identity(DeviceNumber(*area.filesystem), area.inode), descriptor)
+
+
+def refuse_late_writes(context: Context, snapshot: str) -> None:
+    """For a storage of an io process that has died: its space must not be given back before its last write has ended.
+
+    Waits a moment for that, then raises Busy.
+    """
+    locks = RingLocks(context.state.directory)
+    end = time.monotonic() + _LATE_WRITES_LIMIT
+    while True:
+        held = locks.held()
+        if held <= {max(held, default=0)}:  # the youngest is that of the io process of now
+            return
+        if time.monotonic() > end:
+            text = "its storage does not answer: writes of the io process that died are still under way"
+            raise Busy(text, subject=f"snapshot {snapshot}", errno="EBUSY", advice="try again when they have ended")
+        time.sleep(0.05)
 
 
 def used_bytes(context: Context, storage: StorageEntry) -> tuple[list[int], int]:
@@ -160,6 +198,7 @@ def used_ranges(context: Context) -> list[UsedRange]:
         UsedRange(Identity(DeviceNumber(*area.filesystem), area.inode), area.offset, area.length)
         for entry in context.catalogue.snapshots()
         for area in entry.storage.areas
+        if area.length
     ]
 
 
@@ -213,7 +252,7 @@ def _restore(area: AreaEntry) -> None:
             return
         if area.former_size < 0:
             os.unlink(path)
-        else:
+        elif status.st_size > area.former_size:
             os.ftruncate(descriptor, area.former_size)
     except FileNotFoundError:
         pass

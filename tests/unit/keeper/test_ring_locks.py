@@ -34,3 +34,12 @@ def test_looking_does_not_take_a_lock(tmp_path: Path) -> None:
     assert RingLocks(tmp_path).held() == set()
     (tmp_path / "ring-lock.odd").touch()
     assert locks.held() == set()
+
+
+def test_a_file_that_a_former_attempt_left_is_used(tmp_path: Path) -> None:
+    (tmp_path / "ring-lock.new").touch()
+    locks = RingLocks(tmp_path)
+    descriptor = locks.create()
+    assert locks.held() == {1}
+    assert [path.name for path in tmp_path.iterdir()] == ["ring-lock.1"]
+    os.close(descriptor)

@@ -312,3 +312,23 @@ def _as_nobody(path: Path) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("payload", [b'{"type":"echo","text":"\xff"}', b'{"x":' + b"[" * 5000, b"\xff\xfe"])
+def test_what_is_not_utf_8_or_too_deep_is_answered_too(served: Served, payload: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(10)
+        connection.connect(str(served.path))
+        connection.send(payload)
+        answer = msgspec.json.decode(connection.recv(LIMIT), type=No)
+        assert answer.errno == errno.EBADMSG
+
+
+def test_an_answer_that_is_not_utf_8_is_an_error_of_the_call(tmp_path: Path) -> None:
+    with listen(tmp_path / "s") as listener:
+        client: Client[Answer] = Client(tmp_path / "s", cast("type[Answer]", Answer), LIMIT)
+        server = Channel(listener.accept()[0], LIMIT)
+        server.send(b'{"type": "said", "text": "\xff"}')
+        with pytest.raises(OSError, match="not an answer"):
+            client.call(Echo("?"), timeout=10)
+        server.close()

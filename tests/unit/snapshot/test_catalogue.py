@@ -139,3 +139,10 @@ def test_serials_are_those_that_no_image_has(tmp_path: Path) -> None:
     assert catalogue.next_serial() == 2
     catalogue.put_snapshot(snapshot("b", serials=(2,)))
     assert catalogue.next_serial() == 4
+
+
+def test_a_file_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "c")
+    catalogue.put_device(device("one"))
+    (tmp_path / "c" / "device-one.json").write_bytes(b'{"x":' + b"[" * 100_000)
+    assert Catalogue(tmp_path / "c").damaged == ["one"]

@@ -92,6 +92,39 @@ def test_the_death_of_the_process_that_froze_thaws(directory: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_the_death_of_the_helper_thaws(directory: Path, told: bool) -> None:
+    with Freezer(mounts_at(directory)) as freezer:
+        assert freezer.freeze()
+        (helper,) = helpers_of(directory)
+        os.kill(int(helper.parent.name), signal.SIGKILL)
+        if told:
+            assert not freezer.thaw()
+            assert "has died" in freezer.warnings[0]
+    writer = writes(directory)
+    writer.join(30)
+    assert not writer.is_alive()
+    while helpers_of(directory):
+        time.sleep(0.01)
+
+
+def test_what_is_given_up_is_not_waited_for(directory: Path) -> None:
+    over = threading.Event()
+    with Freezer(mounts_at(directory), over.is_set) as freezer:
+        assert freezer.freeze()
+        (helper,) = helpers_of(directory)
+        os.kill(int(helper.parent.name), signal.SIGSTOP)
+        over.set()
+        assert not freezer.thaw()
+        assert "the io process died" in freezer.warnings[0]
+    os.kill(int(helper.parent.name), signal.SIGCONT)
+    writer = writes(directory)
+    writer.join(30)
+    assert not writer.is_alive()
+    while helpers_of(directory):
+        time.sleep(0.01)
+
+
 def test_it_thaws_by_itself_and_says_so(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blksnap_ublk.snapshot.freeze.FREEZE_LIMIT", 0.2)
     with Freezer(mounts_at(directory)) as freezer:
