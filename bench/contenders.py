@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -76,7 +77,9 @@ def contenders(disk: Disk, size: int, way: str) -> Iterator[list[Contender]]:
         raw, served = make(), make()
         origins = [make() for _ in range(4)]
         first_storage, later_storage, image_storage = make(), make(), make()
-        loop = stack.enter_context(Server(Path(served), data_path=way)).path
+        server = stack.enter_context(Server(Path(served), data_path=way))
+        stack.callback(server.wait)
+        stack.callback(server.signal, signal.SIGTERM)
         client = stack.enter_context(stack.enter_context(own_daemon()).client())
 
         def attach(origin: str) -> str:
@@ -93,7 +96,7 @@ def contenders(disk: Disk, size: int, way: str) -> Iterator[list[Contender]]:
         write_all(later, size)
         yield [
             Contender("raw", raw),
-            Contender("loop", loop),
+            Contender("loop", server.path),
             Contender("idle", idle),
             FirstOverwrites("first", first, client=client, storage=first_storage),
             Contender("later", later, reads=False),

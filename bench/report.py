@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from bench.measure import Speed
 from bench.preserved import Cost
@@ -140,7 +141,13 @@ def machine() -> dict[str, object]:
         "kernel": platform.release(),
         "guest": os.environ.get("BLKSNAP_GUEST") or "none",
         "machine": platform.machine(),
+        "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "fio": fio.removeprefix("fio-"),
     }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
