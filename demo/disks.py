@@ -49,7 +49,7 @@ def bench(size: int) -> Iterator[Bench]:
     """Two loop devices of `size` bytes in a directory of our own; taken down on every path."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blksnap-demo-")))
-        if _memory_available() > 5 * size:
+        if memory_available() > 5 * size:
             run("mount", "-t", "tmpfs", "-o", f"size={4 * size},mode=0700", "blksnap-demo", str(directory))
             stack.callback(_try, "umount", str(directory))
         origin = stack.enter_context(_loop(directory / "disk1", size))
@@ -107,7 +107,8 @@ def _try(*command: str) -> None:
         tell(f"`{' '.join(command)}`: {done.stderr.strip()}")
 
 
-def _memory_available() -> int:
+def memory_available() -> int:
+    """Bytes that can be taken into use."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
