@@ -64,12 +64,24 @@ def reconcile(context: Context) -> None:
 
 
 def try_again(context: Context) -> None:
-    """Once more for devices that could not be served again, for instance because their origin did not answer."""
+    """Once more for devices that could not be served again, for instance because their origin did not answer.
+
+    The same for what is left of snapshots that were lost.
+    """
     for key in list(context.conditions):
         with context.locks.holding([key]):
             device = context.catalogue.device(key)
             if device is not None and device.phase is Phase.ACTIVE and key in context.conditions:
                 _restore_device(context, device, context.io.inventory(), patience=0)
+    for snapshot in context.catalogue.snapshots():
+        if snapshot.lost is None or (
+            snapshot.phase is Phase.ACTIVE and not any(each.served for each in snapshot.images)
+        ):
+            continue
+        with context.locks.holding(image.device for image in snapshot.images), suppress(BlksnapError):
+            entry = context.catalogue.snapshot(snapshot.id)
+            if entry is not None and _end_images(context, entry) and entry.phase is not Phase.ACTIVE:
+                destroy.destroy_locked(context, entry, force=True)
 
 
 def settle_take(context: Context, snapshot: SnapshotEntry) -> None:
@@ -213,7 +225,8 @@ def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: mess
             # Should the rest of its removal have to wait, it can be seen, and removed by its users.
             snapshot = msgspec.structs.replace(snapshot, phase=Phase.DESTROYING, lost=_DIED)
             context.catalogue.put_snapshot(snapshot)
-        destroy.try_destroy(context, snapshot)
+        if not died or _end_images(context, snapshot):
+            destroy.try_destroy(context, snapshot)
         return
     known = {report.image for report in inventory.images if report.taken and report.serving}
     if all(image.key in known for image in snapshot.images):
@@ -224,14 +237,30 @@ def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: mess
         snapshot = msgspec.structs.replace(snapshot, lost=_DIED)
         context.catalogue.put_snapshot(snapshot)
         context.emit("corrupted", snapshot=snapshot.id, device=snapshot.images[0].filtered, error=snapshot.lost)
+    _end_images(context, snapshot)
+
+
+def _end_images(context: Context, snapshot: SnapshotEntry) -> bool:
+    """Removes the disks of a lost snapshot's images; False, and nothing is done, while their last I/O is under way."""
+    served = [image.served for image in snapshot.images if image.served is not None]
+    states = {each.ublk_id: context.disks.state_of(each) for each in served}
+    try:
+        for ublk_id, state in states.items():
+            if state not in (None, KernelState.DEAD):
+                context.disks.begin_recovery(ublk_id, 0)
+    except TimeoutError:
+        return False
+    for ublk_id, state in states.items():
+        if state is not None:
+            context.disks.stop(ublk_id)
     for image in snapshot.images:
-        if image.served is not None and context.disks.state_of(image.served) is not None:
-            context.disks.stop(image.served.ublk_id)
-            context.io.end(messages.FinishImage(image.key))
+        context.io.end(messages.FinishImage(image.key))
+        if image.served is not None and states[image.served.ublk_id] is not None:
             context.disks.delete(image.served.ublk_id, in_use=True)
     # Their ids are free for other devices.
     images = [msgspec.structs.replace(image, served=None) for image in snapshot.images]
     context.catalogue.put_snapshot(msgspec.structs.replace(snapshot, images=images))
+    return True
 
 
 def _guarded(subject: str, function: object, *arguments: object) -> None:

@@ -27,7 +27,7 @@ from blksnap_ublk.snapshot.undoing import quietly
 WRITE_AHEAD = 128 << 20
 """Bytes of a storage that are written with zeroes before it is used, where its files have never been written."""
 
-_LATE_WRITES_LIMIT = 2.0  # seconds for the storage to end what a dead io process has sent it
+_LATE_WRITES_LIMIT = 1.0  # seconds for the storage to end what a dead io process has sent it
 
 
 def open_areas(context: Context, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int) -> OpenAreas:
