@@ -26,6 +26,10 @@ SHORT = 1.0
 def directory(tmp_path: Path) -> Iterator[Path]:
     with loop_device(tmp_path / "image", 16 << 20) as device, mounted(device, tmp_path / "mounted") as directory:
         yield directory
+        # A helper that was given up ends by itself, and has the file system open until then.
+        end = time.monotonic() + 60
+        while helpers_of(directory) and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def mounts_at(directory: Path) -> list[mounts.Mount]:
