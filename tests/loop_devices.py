@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,7 +54,10 @@ def mounted(
     try:
         yield directory
     finally:
-        run("umount", str(directory))
+        # A process that is just ending may have it open for another moment.
+        end = time.monotonic() + 30
+        while subprocess.run(["umount", str(directory)], capture_output=True).returncode and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 @contextmanager
