@@ -39,6 +39,7 @@ struct bsu_storage_config {
 struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int *err);
 void bsu_storage_free(struct bsu_storage *storage);
 int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records);
+size_t bsu_storage_state_bytes(void);
 size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t length);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
@@ -63,8 +64,7 @@ int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
 void bsu_prepare_cancel(struct bsu_device *dev);
 void bsu_switch(struct bsu_device *dev, void *bitmap);
-bool bsu_grace_passed(struct bsu_device *dev);
-void bsu_switch_finish(struct bsu_device *dev);
+int bsu_settle(struct bsu_device *dev);
 int bsu_device_mark(struct bsu_device *dev, uint64_t start, uint64_t length);
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length);
 
@@ -82,6 +82,8 @@ int bsu_image_free(struct bsu_image *image);
 void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error);
 enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error);
 uint64_t bsu_image_preserved(const struct bsu_image *image);
+uint64_t bsu_image_written(const struct bsu_image *image);
+int bsu_image_release(struct bsu_image *image);
 bool bsu_image_idle(const struct bsu_image *image);
 
 struct bsu_queue_counters {
@@ -181,6 +183,7 @@ int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *resul
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
 		   uint32_t *commit, uint64_t *gate_ns, unsigned int *late);
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
+int bsu_image_release_within(struct bsu_image *image, unsigned int timeout_ms);
 int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,
 			 unsigned int limit_ms);
 
@@ -237,6 +240,7 @@ unsigned int bsu_sim_results(struct bsu_sim *sim, struct bsu_sim_result *out, un
 unsigned int bsu_sim_started(struct bsu_sim *sim, struct bsu_sim_io *out, unsigned int max);
 int bsu_sim_apply(struct bsu_sim *sim, uint64_t id);
 int bsu_sim_complete(struct bsu_sim *sim, uint64_t id, int res);
+const void *bsu_sim_memory(struct bsu_sim *sim, uint64_t id);
 void bsu_sim_fail_data(struct bsu_sim *sim, int err);
 bool bsu_sim_woken(struct bsu_sim *sim, unsigned int queue);
 void bsu_sim_run_queue(struct bsu_sim *sim, unsigned int queue);
@@ -245,6 +249,8 @@ void bsu_sim_tick(struct bsu_sim *sim, uint64_t ns);
 unsigned int bsu_sim_notified(struct bsu_sim *sim);
 const char *bsu_sim_violation(struct bsu_sim *sim);
 uint32_t bsu_sim_slot(const struct bsu_image *image, uint64_t unit);
+uint32_t bsu_sim_written_slot(const struct bsu_image *image, uint64_t unit);
+bool bsu_sim_place_used(const struct bsu_storage *storage, uint32_t place);
 int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected, uint64_t from);
 struct bsu_sim_held *bsu_sim_hold_map(struct bsu_arena *arena, unsigned int leave);
 unsigned int bsu_sim_give_map(struct bsu_sim_held *held, unsigned int pages);

@@ -12,7 +12,7 @@ uint32_t bsu_chain_slot(const struct bsu_chain *chain, unsigned int k, uint64_t 
 	uint32_t slot = BSU_SLOT_EMPTY;
 
 	for (; k < chain->nr_images && slot == BSU_SLOT_EMPTY; k++) {
-		slot = bsu_map_get(chain->image[k], unit);
+		slot = bsu_map_get(&chain->image[k]->map, unit);
 		if (MUTANT(BSU_MUTANT_OWN_MAP_ONLY))
 			break;
 	}
@@ -33,7 +33,7 @@ static uint64_t absent(const struct bsu_chain *chain, unsigned int k, uint64_t u
 	uint64_t least = UINT64_MAX;
 
 	for (; k < chain->nr_images && least; k++)
-		least = min_u64(least, bsu_map_absent(chain->image[k], unit));
+		least = min_u64(least, bsu_map_absent(&chain->image[k]->map, unit));
 	return least;
 }
 
@@ -57,7 +57,7 @@ uint64_t bsu_chain_run(const struct bsu_chain *chain, unsigned int k, uint64_t u
 void bsu_chain_break(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t unit, enum bsu_image_status status, int error)
 {
 	for (unsigned int k = chain->nr_images; k-- > 0;) {
-		if (bsu_map_get(chain->image[k], unit) != BSU_SLOT_EMPTY)
+		if (bsu_map_get(&chain->image[k]->map, unit) != BSU_SLOT_EMPTY)
 			break;
 		bsu_image_break(chain->image[k], status, error);
 		if (MUTANT(BSU_MUTANT_BREAK_NEWEST))

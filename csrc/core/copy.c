@@ -177,7 +177,9 @@ static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 	for (uint32_t i = 0; i < copy->count; i++) {
 		bool bad = copy->bad[i / 64] >> (i % 64) & 1 && !MUTANT(BSU_MUTANT_BAD_AS_GOOD);
 
-		bsu_map_publish(copy->image, copy->unit + i, bad ? BSU_SLOT_BAD : copy->place + i + 1);
+		bsu_map_publish(&copy->image->map, copy->unit + i, bad ? BSU_SLOT_BAD : copy->place + i + 1);
+		if (bad)
+			bsu_storage_return(storage, copy->place + i, 1);
 	}
 	atomic_fetch_add_explicit(&copy->image->state->preserved, copy->count, memory_order_relaxed);
 	queue->counters.copied += copy_bytes(copy);
@@ -242,7 +244,7 @@ static bool publish_in_newest(struct bsu_queue *queue, struct bsu_copy *copy)
 	int k = chain ? bsu_chain_newest(chain) : -1;
 	struct bsu_image *own = copy->image;
 
-	if (k < 0 || bsu_map_reserve(chain->image[k], copy->unit, copy->count))
+	if (k < 0 || bsu_map_reserve(&chain->image[k]->map, copy->unit, copy->count))
 		return false;
 	copy->image = chain->image[k];
 	copy_publish(queue, copy);

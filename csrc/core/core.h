@@ -96,6 +96,7 @@ struct bsu_request {
 	bool in_gate;		/* counted as a write in flight */
 	int result;
 	unsigned int pending;	/* copies or segments under way */
+	struct bsu_request *older, *newer;	/* requests of an image, by arrival */
 	uint64_t cursor;	/* how far a read or a discard has been planned */
 	uint64_t waiting_since;
 	void *buf;
@@ -157,6 +158,7 @@ void bsu_storage_free(struct bsu_storage *storage);
  */
 int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records);
 size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t length);
+size_t bsu_storage_state_bytes(void);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);
@@ -187,19 +189,25 @@ bool bsu_gate_drained(struct bsu_device *dev);
 void bsu_gate_open(struct bsu_device *dev);
 
 /*
- * Changes of the set of images, in four steps: prepare (may fail, changes
- * nothing), switch (gate closed and drained, cannot fail, constant time), wait
- * until bsu_grace_passed(), finish (frees what the old set alone referred to).
+ * Changes of the set of images, in three steps: prepare (may fail, changes
+ * nothing), switch (gate closed and drained, cannot fail, constant time), and
+ * bsu_settle() until it returns 0. One change at a time.
  * @bitmap: the zeroed active bitmap of the interval that begins, or NULL to
- * leave the active bitmap alone (images that go). One change at a time. An
- * image goes after the older ones of its storage: -EBUSY before.
+ * leave the active bitmap alone (images that go). Both the bitmap that it
+ * replaces and this one are in use until the image taken is freed: writes to
+ * the image mark the intervals before and after it.
  */
 int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
 void bsu_prepare_cancel(struct bsu_device *dev);
 void bsu_switch(struct bsu_device *dev, void *bitmap);
-bool bsu_grace_passed(struct bsu_device *dev);
-void bsu_switch_finish(struct bsu_device *dev);
+/*
+ * A portion of what follows a switch, in bounded time: what older images need
+ * of one that goes is handed to them, then the former set is given up. 0 when
+ * all is done, 1 when there is more, -EAGAIN when a queue's thread is still
+ * inside the core and has to leave it first.
+ */
+int bsu_settle(struct bsu_device *dev);
 
 /* Force blocks into the next increment; passes the gate by itself: call it
  * with the gate open, it returns -EAGAIN while the gate is closed. */
@@ -232,19 +240,26 @@ struct bsu_image_config {
 
 size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit);
 struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err);
-/* -EBUSY while a view, a queue or an I/O in flight refers to it. */
+/*
+ * A portion of giving back the places and the map memory of an image that was
+ * dropped and settled, or never taken. 0 when all is done, 1 when there is
+ * more, -EBUSY while a view, a queue or an I/O in flight refers to it.
+ */
+int bsu_image_release(struct bsu_image *image);
+/* Releases what is left and frees it. -EBUSY as above. */
 int bsu_image_free(struct bsu_image *image);
 /* Active to broken; the first reason stays. Any thread. */
 void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error);
 enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error);
 uint64_t bsu_image_preserved(const struct bsu_image *image);
+uint64_t bsu_image_written(const struct bsu_image *image);
 bool bsu_image_idle(const struct bsu_image *image);
 
 /* ---- queues ---- */
 
 struct bsu_queue_config {
 	struct bsu_device *device;	/* serve a device (filtered, loop, null) … */
-	struct bsu_image *image;	/* … or an image: exactly one of the two */
+	struct bsu_image *image;	/* … or an image, which has one queue at most */
 	struct bsu_pool *pool;
 	const struct bsu_queue_ops *ops;
 	void *ctx;

@@ -43,7 +43,8 @@ struct bsu_device *bsu_device_new(const struct bsu_device_config *config, int *e
 	if (dev->swallowed) {
 		uint64_t blocks = ((dev->size - 1) >> dev->tracking_shift) + 1;
 
-		atomic_init(&dev->any_swallowed, bsu_bits_next(dev->swallowed, 0, blocks) < blocks);
+		atomic_init(&dev->any_swallowed, bsu_bits_next(dev->swallowed, 0, blocks) < blocks &&
+						 !MUTANT(BSU_MUTANT_FORGET_SWALLOWED));
 	}
 	*err = 0;
 	return dev;
@@ -61,9 +62,8 @@ int bsu_device_free(struct bsu_device *dev)
 	return 0;
 }
 
-void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t length)
+void bsu_mark_range(const struct bsu_device *dev, _Atomic uint64_t *bitmap, uint64_t start, uint64_t length)
 {
-	_Atomic uint64_t *bitmap = atomic_load_explicit(&dev->bitmap, memory_order_acquire);
 	uint64_t first, last;
 
 	if (!bitmap || !length)
@@ -75,6 +75,11 @@ void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t leng
 	if (MUTANT(BSU_MUTANT_RANGE_LAST) && first < last)
 		last--;
 	bsu_bits_set(bitmap, first, last);
+}
+
+void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t length)
+{
+	bsu_mark_range(dev, atomic_load_explicit(&dev->bitmap, memory_order_acquire), start, length);
 }
 
 /* Only whole tracking blocks are remembered: a trim may be forgotten, never invented. */

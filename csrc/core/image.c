@@ -13,7 +13,7 @@ static uint64_t directory_entries(uint64_t device_size, uint32_t unit)
 
 size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit)
 {
-	size_t bytes = BSU_IMAGE_HEADER + (size_t)directory_entries(device_size, unit) * sizeof(uint32_t);
+	size_t bytes = BSU_IMAGE_HEADER + 2 * (size_t)directory_entries(device_size, unit) * sizeof(uint32_t);
 
 	return (bytes + BSU_MAP_PAGE - 1) / BSU_MAP_PAGE * BSU_MAP_PAGE;
 }
@@ -23,6 +23,7 @@ struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
 	struct bsu_image_state *state = config->state;
 	struct bsu_device *dev = config->device;
 	struct bsu_image *image;
+	uint32_t *directory;
 
 	*err = -EINVAL;
 	if (!dev || !config->storage || !config->arena || !state)
@@ -33,12 +34,10 @@ struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
 	image = calloc(1, sizeof(*image));
 	if (!image)
 		return NULL;
-	pthread_mutex_init(&image->map_lock, NULL);
 	image->dev = dev;
 	image->storage = config->storage;
 	image->arena = config->arena;
 	image->state = state;
-	image->directory = (_Atomic uint32_t *)((char *)state + BSU_IMAGE_HEADER);
 	image->serial = config->serial;
 	state->magic = BSU_IMAGE_MAGIC;
 	state->version = BSU_STATE_VERSION;
@@ -46,6 +45,9 @@ struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
 	state->unit = dev->unit;
 	state->serial = config->serial;
 	state->directory_entries = directory_entries(dev->size, dev->unit);
+	directory = (uint32_t *)((char *)state + BSU_IMAGE_HEADER);
+	bsu_map_init(&image->map, image->arena, directory, state->directory_entries);
+	bsu_map_init(&image->written, image->arena, directory + state->directory_entries, state->directory_entries);
 	atomic_store(&state->status, BSU_IMAGE_ACTIVE);
 	atomic_fetch_add(&dev->images, 1);
 	atomic_fetch_add(&image->storage->users, 1);
@@ -58,7 +60,7 @@ bool bsu_image_idle(const struct bsu_image *image)
 	return !atomic_load(&image->users);
 }
 
-/* A view that was replaced is in use until its switch is finished. */
+/* A view that was replaced is in use until its switch is settled. */
 static bool is_in(const struct bsu_view *view, const struct bsu_image *image)
 {
 	const struct bsu_chain *chain = bsu_view_chain(view, image->storage);
@@ -69,17 +71,40 @@ static bool is_in(const struct bsu_view *view, const struct bsu_image *image)
 	return false;
 }
 
+static bool is_used(const struct bsu_image *image)
+{
+	const struct bsu_device *dev = image->dev;
+
+	if (!bsu_image_idle(image) && !MUTANT(BSU_MUTANT_FREE_UNDER_READER))
+		return true;
+	return atomic_load(&image->taken) || dev->changing == image || dev->older == image || is_in(dev->old_view, image);
+}
+
+int bsu_image_release(struct bsu_image *image)
+{
+	if (is_used(image))
+		return -EBUSY;
+	if (image->released == image->map.entries)
+		return 0;
+	bsu_map_clear(&image->map, image->storage, image->released);
+	bsu_map_clear(&image->written, image->storage, image->released);
+	return ++image->released < image->map.entries;
+}
+
 int bsu_image_free(struct bsu_image *image)
 {
+	int ret;
+
 	if (!image)
 		return 0;
-	if (atomic_load(&image->taken) || !bsu_image_idle(image) || image->dev->changing == image ||
-	    is_in(image->dev->old_view, image))
-		return -EBUSY;
-	bsu_map_clear(image);
+	while ((ret = bsu_image_release(image)) > 0)
+		;
+	if (ret)
+		return ret;
 	atomic_fetch_sub(&image->storage->users, 1);
 	atomic_fetch_sub(&image->dev->images, 1);
-	pthread_mutex_destroy(&image->map_lock);
+	pthread_mutex_destroy(&image->map.lock);
+	pthread_mutex_destroy(&image->written.lock);
 	free(image);
 	return 0;
 }
@@ -109,4 +134,9 @@ enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error
 uint64_t bsu_image_preserved(const struct bsu_image *image)
 {
 	return atomic_load_explicit(&image->state->preserved, memory_order_relaxed) * image->dev->unit;
+}
+
+uint64_t bsu_image_written(const struct bsu_image *image)
+{
+	return atomic_load_explicit(&image->state->written, memory_order_relaxed) * image->dev->unit;
 }

@@ -2,8 +2,8 @@
 /*
  * What the files of the core share.
  *
- * Lock order: device.lock -> storage.lock -> arena.lock. A queue's inbox is
- * lock-free. Map lookups take no lock. Nothing is called out of the core
+ * Lock order: device.lock -> map.lock -> storage.lock, arena.lock. A queue's
+ * inbox is lock-free. Map lookups take no lock. Nothing is called out of the core
  * (ops->*) with a lock held, except ops->wake and ops->notify, which only
  * write to an eventfd or the like.
  */
@@ -25,7 +25,6 @@
 #define BSU_CLAIM_BUCKETS 256u
 #define BSU_IO_RETRIES 1000u		/* EAGAIN and EINTR in a row, without progress */
 #define BSU_ARENA_PORTIONS 1024u
-#define BSU_AREAS_MAX 4096u
 #define BSU_MAP_WAIT_NS (5 * NS_PER_S)	/* for map memory that control adds */
 #define BSU_COPY_LIMIT_NS (30 * NS_PER_S)
 
@@ -92,14 +91,34 @@ struct bsu_arena {
 	_Atomic uint64_t free_bytes;
 };
 
-/* Slot of @unit in the map of @image: 0, a place plus one, or BSU_SLOT_BAD. */
-uint32_t bsu_map_get(const struct bsu_image *image, uint64_t unit);
+struct bsu_map {
+	struct bsu_arena *arena;
+	_Atomic uint32_t *directory;
+	uint64_t entries;
+	pthread_mutex_t lock;		/* who adds tables and leaves */
+};
+
+void bsu_map_init(struct bsu_map *map, struct bsu_arena *arena, void *directory, uint64_t entries);
+/* Slot of @unit: 0, a place plus one, BSU_SLOT_BAD or BSU_SLOT_ZERO. */
+uint32_t bsu_map_get(const struct bsu_map *map, uint64_t unit);
 /* Units from @unit on that certainly have no slot: 0, or up to the end of an absent leaf or table. */
-uint64_t bsu_map_absent(const struct bsu_image *image, uint64_t unit);
+uint64_t bsu_map_absent(const struct bsu_map *map, uint64_t unit);
 /* Makes the leaves for [first, first+count) exist; -ENOMEM when map memory is used up. */
-int bsu_map_reserve(struct bsu_image *image, uint64_t first, uint64_t count);
-void bsu_map_publish(struct bsu_image *image, uint64_t unit, uint32_t slot);
-void bsu_map_clear(struct bsu_image *image);
+int bsu_map_reserve(struct bsu_map *map, uint64_t first, uint64_t count);
+void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot);
+
+/* ---- handover.c: maps of images that go ---- */
+
+/*
+ * One directory entry at a time. Gives @older what @map has and it lacks;
+ * returns how many slots that were. Leaves and tables that @older has none of
+ * become common to both, so this needs no memory.
+ */
+uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uint64_t entry);
+/* Afterwards, when nobody looks at @map any more: takes out of it what @older was given. */
+void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t entry);
+/* Gives back the places, the leaves and the table of an entry. */
+void bsu_map_clear(struct bsu_map *map, struct bsu_storage *storage, uint64_t entry);
 
 /* ---- storage.c ---- */
 
@@ -109,20 +128,28 @@ struct bsu_area {
 	uint32_t first;			/* place */
 	uint32_t count;
 	struct bsu_record *records;
+	uint64_t *given;		/* bit set: the place is given out */
 };
 
 struct bsu_storage {
 	pthread_mutex_t lock;
 	uint32_t unit;
 	struct bsu_storage_state *state;
+	uint32_t cursor;		/* place from which free ones are looked for */
 	_Atomic unsigned int nr_areas;
 	_Atomic int users;		/* images */
 	struct bsu_area area[BSU_AREAS_MAX];
 };
 
-/* Up to @want places in a row of one area. Returns how many, 0 when full. */
-uint32_t bsu_storage_give(struct bsu_storage *storage, uint32_t want, uint32_t *first);
-/* Places that were given out and never published. */
+/* For whom places are: image writes leave some to copies. */
+enum bsu_places_for {
+	BSU_FOR_COPY,
+	BSU_FOR_IMAGE_WRITE,
+};
+
+/* Up to @want places in a row of one area. Returns how many, 0 when there are none. */
+uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom, uint32_t want, uint32_t *first);
+/* Places that nobody reads, writes or finds in a map any more. */
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count);
 const struct bsu_area *bsu_storage_area(const struct bsu_storage *storage, uint32_t place);
 uint64_t bsu_storage_offset(const struct bsu_storage *storage, const struct bsu_area *area, uint32_t place);
@@ -156,6 +183,19 @@ struct bsu_claim {
 	struct bsu_tasks waiters;
 };
 
+/*
+ * What follows a switch, one step after the other:
+ *
+ *   take:  GRACE -> IDLE
+ *   drop:  HAND_OVER (of each entry of the map) -> GRACE -> PRUNE -> IDLE
+ */
+enum bsu_settling {
+	BSU_SETTLE_IDLE = 0,
+	BSU_SETTLE_HAND_OVER,
+	BSU_SETTLE_GRACE,
+	BSU_SETTLE_PRUNE,
+};
+
 struct bsu_device {
 	uint64_t size;
 	uint32_t block;
@@ -175,6 +215,9 @@ struct bsu_device {
 	struct bsu_view *next_view;
 	struct bsu_view *old_view;
 	struct bsu_image *changing;	/* the image that next_view adds or leaves out */
+	struct bsu_image *older;	/* of the image that goes: who gets what it leaves */
+	enum bsu_settling settling;
+	uint64_t settled;		/* directory entries dealt with */
 	_Atomic int images;
 
 	pthread_mutex_t lock;		/* queues, claims */
@@ -187,10 +230,14 @@ struct bsu_image {
 	struct bsu_storage *storage;
 	struct bsu_arena *arena;
 	struct bsu_image_state *state;
-	_Atomic uint32_t *directory;
+	struct bsu_map map;		/* what was preserved */
+	struct bsu_map written;		/* what was written to the image itself; changed by its queue alone */
 	uint32_t serial;
-	pthread_mutex_t map_lock;	/* who adds leaves; leaf lock, inside device.lock */
+	_Atomic uint64_t *before;	/* bitmaps of the intervals that end and begin with it */
+	_Atomic uint64_t *after;
+	uint64_t released;		/* directory entries given back */
 	_Atomic bool taken;
+	_Atomic int queues;		/* one at most */
 	_Atomic int users;		/* queues, and I/O in flight that may use its map */
 };
 
@@ -206,6 +253,8 @@ static inline uint64_t bsu_units_bytes(const struct bsu_device *dev, uint64_t un
 }
 
 void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t length);
+/* The same in a bitmap that need not be the active one; NULL: none. */
+void bsu_mark_range(const struct bsu_device *dev, _Atomic uint64_t *bitmap, uint64_t start, uint64_t length);
 void bsu_device_swallow(struct bsu_device *dev, uint64_t start, uint64_t length);
 void bsu_device_unswallow(struct bsu_device *dev, uint64_t start, uint64_t length);
 
@@ -271,21 +320,55 @@ void bsu_copy_claim(struct bsu_copy *copy, struct bsu_request *rq, struct bsu_im
 void bsu_copy_start(struct bsu_copy *copy);
 void bsu_copies_tick(struct bsu_queue *queue, uint64_t now);
 
-/* ---- image_read.c ---- */
+/* ---- image_source.c: where an image finds its data ---- */
 
+struct bsu_source {
+	const struct bsu_image *image;
+	const struct bsu_chain *chain;
+	unsigned int k;			/* the image's place in it */
+};
+
+/* False when the image is not trusted, or not in the set of its device. */
+bool bsu_find_source(struct bsu_image *image, struct bsu_source *source);
+/* Units from @unit on, at most @max, that come from one source in a row; the slot of the first. */
+uint32_t bsu_source_run(const struct bsu_source *source, uint64_t unit, uint32_t max, uint32_t *slot);
+/* Whether they still do. */
+bool bsu_source_is(const struct bsu_source *source, uint64_t unit, uint32_t units, uint32_t slot);
+/* Whether what was read from storage is what was put there, by its records. */
+bool bsu_records_hold(const struct bsu_storage *storage, uint32_t slot, uint64_t unit, uint32_t units, const void *data);
+
+static inline bool bsu_slot_is_place(uint32_t slot)
+{
+	return slot && slot < BSU_SLOT_ZERO;
+}
+
+/* ---- image_read.c, image_write.c ---- */
+
+/* A part of a request to an image. */
 struct bsu_segment {
 	struct bsu_segment *next;	/* free list */
 	struct bsu_queue *queue;
 	struct bsu_request *rq;
-	uint64_t start, end;		/* bytes still to be read */
+	uint64_t start, end;		/* bytes still to be read or written */
 	uint64_t length;		/* bytes of the run under way */
 	uint32_t slot;			/* its source: 0, or the slot of its first unit */
 	uint32_t units;
+	uint32_t place;			/* what is written goes there */
+	uint64_t filling;		/* unit whose old data is read for a write to a part of it */
 	void *buf;
 	size_t buf_bytes;
 	struct bsu_io io;
 	struct bsu_task task;
 };
+
+struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request *rq);
+/* Back to the free list; who waits for one goes on. */
+void bsu_segment_put(struct bsu_segment *segment);
+void bsu_segment_put_buffer(struct bsu_segment *segment);
+void bsu_image_read(struct bsu_queue *queue, struct bsu_request *rq);
+void bsu_image_write(struct bsu_queue *queue, struct bsu_request *rq);
+/* A request has ended, one way or the other. */
+void bsu_image_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res);
 
 /* ---- queue.c ---- */
 
@@ -312,6 +395,9 @@ struct bsu_queue {
 	struct bsu_tasks map_waiters;
 	struct bsu_tasks copy_waiters;
 	struct bsu_tasks segment_waiters;
+	/* Requests of an image, by arrival, and how many of them change it. */
+	struct bsu_request *oldest_request, *newest_request;
+	unsigned int changes;
 
 	unsigned int busy;		/* requests and copies not ended */
 	struct bsu_copy *free_copy;

@@ -1,64 +1,72 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The two-level map of one image: unit -> slot. Readers take no lock: tables
- * and leaves are zeroed before their index is stored with release, slots are
- * stored with release after the record and the data they stand for are
- * complete. Nothing that exists is moved or taken away while the image lives.
+ * A two-level map: unit -> slot. Readers take no lock: tables and leaves are
+ * zeroed before their index is stored with release, slots are stored with
+ * release after the record and the data they stand for are complete. Nothing
+ * that exists is moved or taken away while anybody may look.
  */
 #include "arena.h"
 #include "internal.h"
 
-static struct bsu_table *table_of(const struct bsu_image *image, uint64_t unit)
+void bsu_map_init(struct bsu_map *map, struct bsu_arena *arena, void *directory, uint64_t entries)
 {
-	uint32_t index = atomic_load_explicit(&image->directory[unit / BSU_TABLE_UNITS], memory_order_acquire);
-
-	return index ? bsu_arena_table(image->arena, index) : NULL;
+	map->arena = arena;
+	map->directory = directory;
+	map->entries = entries;
+	pthread_mutex_init(&map->lock, NULL);
 }
 
-static struct bsu_leaf *leaf_in(const struct bsu_image *image, struct bsu_table *table, uint64_t unit)
+static struct bsu_table *table_of(const struct bsu_map *map, uint64_t unit)
+{
+	uint32_t index = atomic_load_explicit(&map->directory[unit / BSU_TABLE_UNITS], memory_order_acquire);
+
+	return index ? bsu_arena_table(map->arena, index) : NULL;
+}
+
+static struct bsu_leaf *leaf_in(const struct bsu_map *map, struct bsu_table *table, uint64_t unit)
 {
 	uint64_t at = unit / BSU_LEAF_UNITS % BSU_TABLE_LEAVES;
 	uint32_t index = atomic_load_explicit(&table->leaf[at], memory_order_acquire);
 
-	return index ? bsu_arena_leaf(image->arena, index) : NULL;
+	return index ? bsu_arena_leaf(map->arena, index) : NULL;
 }
 
-uint32_t bsu_map_get(const struct bsu_image *image, uint64_t unit)
+uint32_t bsu_map_get(const struct bsu_map *map, uint64_t unit)
 {
-	struct bsu_table *table = table_of(image, unit);
-	struct bsu_leaf *leaf = table ? leaf_in(image, table, unit) : NULL;
+	struct bsu_table *table = table_of(map, unit);
+	struct bsu_leaf *leaf = table ? leaf_in(map, table, unit) : NULL;
 
 	return leaf ? atomic_load_explicit(&leaf->slot[unit % BSU_LEAF_UNITS], memory_order_acquire) : BSU_SLOT_EMPTY;
 }
 
-uint64_t bsu_map_absent(const struct bsu_image *image, uint64_t unit)
+uint64_t bsu_map_absent(const struct bsu_map *map, uint64_t unit)
 {
-	struct bsu_table *table = table_of(image, unit);
+	struct bsu_table *table = table_of(map, unit);
 
 	if (!table)
 		return BSU_TABLE_UNITS - unit % BSU_TABLE_UNITS;
-	if (!leaf_in(image, table, unit))
+	if (!leaf_in(map, table, unit))
 		return BSU_LEAF_UNITS - unit % BSU_LEAF_UNITS;
 	return 0;
 }
 
-static int reserve_leaf(struct bsu_image *image, uint64_t unit)
+static int reserve_leaf(struct bsu_map *map, uint64_t unit)
 {
-	_Atomic uint32_t *entry = &image->directory[unit / BSU_TABLE_UNITS];
-	struct bsu_table *table = table_of(image, unit);
+	_Atomic uint32_t *entry = &map->directory[unit / BSU_TABLE_UNITS];
+	struct bsu_table *table = table_of(map, unit);
 	_Atomic uint32_t *leaf;
 	uint32_t index;
 
 	if (!table) {
-		index = bsu_arena_new_table(image->arena);
+		index = bsu_arena_new_table(map->arena);
 		if (!index)
 			return -ENOMEM;
 		atomic_store_explicit(entry, index, memory_order_release);
-		table = bsu_arena_table(image->arena, index);
+		table = bsu_arena_table(map->arena, index);
 	}
 	leaf = &table->leaf[unit / BSU_LEAF_UNITS % BSU_TABLE_LEAVES];
 	if (!atomic_load_explicit(leaf, memory_order_relaxed)) {
-		index = bsu_arena_new_leaf(image->arena);
+		index = bsu_arena_new_leaf(map->arena);
 		if (!index)
 			return -ENOMEM;
 		atomic_store_explicit(leaf, index, memory_order_release);
@@ -66,40 +74,21 @@ static int reserve_leaf(struct bsu_image *image, uint64_t unit)
 	return 0;
 }
 
-int bsu_map_reserve(struct bsu_image *image, uint64_t first, uint64_t count)
+int bsu_map_reserve(struct bsu_map *map, uint64_t first, uint64_t count)
 {
 	uint64_t end = first + count;
 	int ret = 0;
 
-	pthread_mutex_lock(&image->map_lock);
+	pthread_mutex_lock(&map->lock);
 	for (uint64_t unit = first - first % BSU_LEAF_UNITS; unit < end && !ret; unit += BSU_LEAF_UNITS)
-		ret = reserve_leaf(image, unit);
-	pthread_mutex_unlock(&image->map_lock);
+		ret = reserve_leaf(map, unit);
+	pthread_mutex_unlock(&map->lock);
 	return ret;
 }
 
-void bsu_map_publish(struct bsu_image *image, uint64_t unit, uint32_t slot)
+void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot)
 {
-	struct bsu_leaf *leaf = leaf_in(image, table_of(image, unit), unit);
+	struct bsu_leaf *leaf = leaf_in(map, table_of(map, unit), unit);
 
 	atomic_store_explicit(&leaf->slot[unit % BSU_LEAF_UNITS], slot, memory_order_release);
-}
-
-void bsu_map_clear(struct bsu_image *image)
-{
-	for (uint64_t entry = 0; entry < image->state->directory_entries; entry++) {
-		uint32_t index = atomic_exchange_explicit(&image->directory[entry], 0, memory_order_relaxed);
-		struct bsu_table *table;
-
-		if (!index)
-			continue;
-		table = bsu_arena_table(image->arena, index);
-		for (unsigned int at = 0; at < BSU_TABLE_LEAVES; at++) {
-			uint32_t leaf = atomic_load_explicit(&table->leaf[at], memory_order_relaxed);
-
-			if (leaf)
-				bsu_arena_put_leaf(image->arena, leaf);
-		}
-		bsu_arena_put_table(image->arena, index);
-	}
 }

@@ -64,6 +64,9 @@ struct bsu_queue *bsu_queue_new(const struct bsu_queue_config *config, int *err)
 		return NULL;
 	if (bsu_pool_largest(config->pool) < BSU_COPY_BYTES)
 		return NULL;
+	*err = -EBUSY;
+	if (config->image && atomic_load(&config->image->queues))
+		return NULL;
 	*err = -ENOMEM;
 	queue = calloc(1, sizeof(*queue));
 	if (!queue)
@@ -84,8 +87,10 @@ struct bsu_queue *bsu_queue_new(const struct bsu_queue_config *config, int *err)
 	queue->next = dev->queues;
 	dev->queues = queue;
 	pthread_mutex_unlock(&dev->lock);
-	if (queue->image)
+	if (queue->image) {
+		atomic_fetch_add(&queue->image->queues, 1);
 		atomic_fetch_add(&queue->image->users, 1);
+	}
 	return queue;
 }
 
@@ -107,8 +112,10 @@ int bsu_queue_free(struct bsu_queue *queue)
 		at = &(*at)->next;
 	*at = queue->next;
 	pthread_mutex_unlock(&queue->dev->lock);
-	if (queue->image)
+	if (queue->image) {
+		atomic_fetch_sub(&queue->image->queues, 1);
 		atomic_fetch_sub(&queue->image->users, 1);
+	}
 	free(queue->segments);
 	free(queue->copies);
 	free(queue);
@@ -132,6 +139,8 @@ void bsu_submit(struct bsu_queue *queue, struct bsu_io *io)
 void bsu_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res)
 {
 	if (rq->in_gate) {
+		if (MUTANT(BSU_MUTANT_SWITCH_LATE) && queue->dev->changing && !atomic_load(&queue->dev->gate_closed))
+			bsu_switch(queue->dev, NULL);
 		rq->in_gate = false;
 		atomic_store(&queue->left, atomic_load_explicit(&queue->left, memory_order_relaxed) + 1);
 	}

@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define BSU_STATE_VERSION 1u
+#define BSU_STATE_VERSION 2u
 #define BSU_STORAGE_MAGIC 0x53555342u	/* "BSUS" */
 #define BSU_IMAGE_MAGIC 0x49555342u	/* "BSUI" */
 
@@ -21,6 +21,7 @@
  */
 #define BSU_SLOT_EMPTY 0u
 #define BSU_SLOT_BAD 0xffffffffu	/* the origin could not be read there */
+#define BSU_SLOT_ZERO 0xfffffffeu	/* an image's own: written with zeroes */
 #define BSU_PLACES_MAX 0xfffffff0u
 
 /*
@@ -55,18 +56,22 @@ struct bsu_record {
 
 _Static_assert(sizeof(struct bsu_record) == 16, "0.4 % of the preserved bytes");
 
+#define BSU_AREAS_MAX 4096u
+
 struct bsu_storage_state {
 	uint32_t magic;
 	uint32_t version;
 	uint32_t unit;
 	uint32_t areas;
-	_Atomic uint64_t next_place;	/* high-water mark: below it all were given out */
+	_Atomic uint64_t high_water;	/* no place from here on was ever given out */
 	_Atomic uint64_t capacity;	/* places */
+	_Atomic uint64_t used;		/* places given out at the moment */
 	_Atomic uint32_t full;		/* a copy found no room */
 	uint32_t pad[5];
+	_Atomic uint32_t area_used[BSU_AREAS_MAX];
 };
 
-_Static_assert(sizeof(struct bsu_storage_state) == 56, "shared with the control process");
+_Static_assert(sizeof(struct bsu_storage_state) == 64 + 4 * BSU_AREAS_MAX, "shared with the control process");
 
 #define BSU_IMAGE_HEADER 4096u
 
@@ -80,9 +85,13 @@ struct bsu_image_state {
 	_Atomic int32_t error;		/* errno, positive, 0 while active */
 	_Atomic uint64_t preserved;	/* units */
 	uint64_t directory_entries;
-	/* from BSU_IMAGE_HEADER on: _Atomic uint32_t directory[] */
+	_Atomic uint64_t written;	/* units that were written to the image itself */
+	/*
+	 * From BSU_IMAGE_HEADER on: _Atomic uint32_t directory[] of the map of what
+	 * was preserved, then that of the map of what was written to the image.
+	 */
 };
 
-_Static_assert(sizeof(struct bsu_image_state) == 48, "shared with the control process");
+_Static_assert(sizeof(struct bsu_image_state) == 56, "shared with the control process");
 
 #endif

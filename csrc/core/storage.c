@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Difference storage: an ordered list of areas whose places are given out in
- * order, so that writes to it are sequential whatever the origin's workload
- * is. Areas are only ever added; looking one up takes no lock.
+ * order, round and round, so that writes to it are sequential whatever the
+ * origin's workload is. Areas are only ever added; looking one up takes no lock.
+ * Which places are free is private memory: after a death it follows from maps.
  */
 #include <stdlib.h>
 
 #include "internal.h"
 
 #define UNIT_BITS 40
+#define IMAGE_WRITE_SHARE 8	/* one part in so many is left to copies by image writes */
 #define UNIT_MASK ((1ull << UNIT_BITS) - 1)
 
 struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int *err)
@@ -37,6 +39,8 @@ void bsu_storage_free(struct bsu_storage *storage)
 {
 	if (!storage)
 		return;
+	for (unsigned int at = 0; at < atomic_load(&storage->nr_areas); at++)
+		free(storage->area[at].given);
 	pthread_mutex_destroy(&storage->lock);
 	free(storage);
 }
@@ -48,19 +52,31 @@ size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t len
 	return (bytes + BSU_MAP_PAGE - 1) / BSU_MAP_PAGE * BSU_MAP_PAGE;
 }
 
+size_t bsu_storage_state_bytes(void)
+{
+	return (sizeof(struct bsu_storage_state) + BSU_MAP_PAGE - 1) / BSU_MAP_PAGE * BSU_MAP_PAGE;
+}
+
 int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records)
 {
 	uint64_t count = length / storage->unit, first;
+	uint64_t *given;
 	unsigned int at;
 	int ret = 0;
 
 	if (!count || !records)
 		return -EINVAL;
+	if (count > BSU_PLACES_MAX)
+		return -ENOSPC;
+	given = calloc((count + 63) / 64, sizeof(*given));
+	if (!given)
+		return -ENOMEM;
 	pthread_mutex_lock(&storage->lock);
 	at = atomic_load_explicit(&storage->nr_areas, memory_order_relaxed);
 	first = at ? (uint64_t)storage->area[at - 1].first + storage->area[at - 1].count : 0;
 	if (at == BSU_AREAS_MAX || first + count > BSU_PLACES_MAX) {
 		ret = -ENOSPC;
+		free(given);
 	} else {
 		storage->area[at] = (struct bsu_area) {
 			.file = file,
@@ -68,6 +84,7 @@ int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uin
 			.first = (uint32_t)first,
 			.count = (uint32_t)count,
 			.records = records,
+			.given = given,
 		};
 		atomic_store_explicit(&storage->nr_areas, at + 1, memory_order_release);
 		storage->state->areas = at + 1;
@@ -84,16 +101,14 @@ uint64_t bsu_storage_capacity(const struct bsu_storage *storage)
 
 uint64_t bsu_storage_used(const struct bsu_storage *storage)
 {
-	return atomic_load_explicit(&storage->state->next_place, memory_order_acquire) * storage->unit;
+	return atomic_load_explicit(&storage->state->used, memory_order_acquire) * storage->unit;
 }
 
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area)
 {
-	uint64_t next = atomic_load_explicit(&storage->state->next_place, memory_order_acquire);
-
-	if (area >= atomic_load_explicit(&storage->nr_areas, memory_order_acquire) || next <= storage->area[area].first)
+	if (area >= BSU_AREAS_MAX)
 		return 0;
-	return min_u64(next - storage->area[area].first, storage->area[area].count) * storage->unit;
+	return (uint64_t)atomic_load_explicit(&storage->state->area_used[area], memory_order_acquire) * storage->unit;
 }
 
 const struct bsu_area *bsu_storage_area(const struct bsu_storage *storage, uint32_t place)
@@ -116,22 +131,87 @@ uint64_t bsu_storage_offset(const struct bsu_storage *storage, const struct bsu_
 	return area->offset + (uint64_t)(place - area->first) * storage->unit;
 }
 
-uint32_t bsu_storage_give(struct bsu_storage *storage, uint32_t want, uint32_t *first)
+/* First place at or after @from that is not given out; @end if there is none before it. */
+static uint32_t next_free(const uint64_t *given, uint32_t from, uint32_t end)
+{
+	while (from < end) {
+		uint64_t word = ~given[from / 64] >> (from % 64);
+
+		if (word)
+			return (uint32_t)min_u64(end, from + (unsigned int)__builtin_ctzll(word));
+		from += 64 - from % 64;
+	}
+	return end;
+}
+
+static bool is_free(const struct bsu_area *area, uint32_t at)
+{
+	return !(area->given[at / 64] >> (at % 64) & 1);
+}
+
+/* storage.lock held, and a place is free: the first one from the cursor on. */
+static struct bsu_area *find_free(struct bsu_storage *storage, uint32_t *at)
+{
+	unsigned int areas = atomic_load_explicit(&storage->nr_areas, memory_order_relaxed);
+	unsigned int index = (unsigned int)(bsu_storage_area(storage, storage->cursor) - storage->area);
+	uint32_t from = storage->cursor - storage->area[index].first;
+
+	/* The area of the cursor comes twice: from it on, and at last before it. */
+	for (unsigned int tried = 0; tried <= areas; tried++) {
+		struct bsu_area *area = &storage->area[index];
+
+		*at = next_free(area->given, from, area->count);
+		if (*at < area->count)
+			return area;
+		index = (index + 1) % areas;
+		from = 0;
+	}
+	return NULL;
+}
+
+static void count_used(struct bsu_storage *storage, const struct bsu_area *area, int64_t places)
 {
 	struct bsu_storage_state *state = storage->state;
-	uint32_t count = 0;
-	uint64_t next;
+
+	atomic_fetch_add_explicit(&state->used, (uint64_t)places, memory_order_relaxed);
+	atomic_fetch_add_explicit(&state->area_used[area - storage->area], (uint32_t)places, memory_order_release);
+}
+
+/* storage.lock held. */
+static uint32_t take_run(struct bsu_storage *storage, struct bsu_area *area, uint32_t at, uint32_t want)
+{
+	struct bsu_storage_state *state = storage->state;
+	uint32_t count = 0, end = (uint32_t)min_u64(area->count, (uint64_t)at + want);
+
+	while (at + count < end && is_free(area, at + count)) {
+		if (!(MUTANT(BSU_MUTANT_PLACE_TWICE) && (at + count) % 8 == 7))
+			area->given[(at + count) / 64] |= 1ull << ((at + count) % 64);
+		count++;
+	}
+	storage->cursor = area->first + at + count - (MUTANT(BSU_MUTANT_PLACE_TWICE) && (at + count) % 8 == 0);
+	if (atomic_load_explicit(&state->high_water, memory_order_relaxed) < (uint64_t)area->first + at + count)
+		atomic_store_explicit(&state->high_water, (uint64_t)area->first + at + count, memory_order_relaxed);
+	count_used(storage, area, count);
+	return count;
+}
+
+uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom, uint32_t want, uint32_t *first)
+{
+	struct bsu_storage_state *state = storage->state;
+	uint64_t capacity, unused, kept = 0;
+	struct bsu_area *area;
+	uint32_t count = 0, at;
 
 	pthread_mutex_lock(&storage->lock);
-	next = atomic_load_explicit(&state->next_place, memory_order_relaxed);
-	if (next < atomic_load_explicit(&state->capacity, memory_order_relaxed)) {
-		const struct bsu_area *area = bsu_storage_area(storage, (uint32_t)next);
-
-		count = (uint32_t)min_u64(want, area->first + (uint64_t)area->count - next);
-		*first = (uint32_t)next;
-		if (!(MUTANT(BSU_MUTANT_PLACE_TWICE) && next % 8 == 7))
-			atomic_store_explicit(&state->next_place, next + count, memory_order_release);
-	} else {
+	capacity = atomic_load_explicit(&state->capacity, memory_order_relaxed);
+	unused = capacity - min_u64(capacity, atomic_load_explicit(&state->used, memory_order_relaxed));
+	if (whom == BSU_FOR_IMAGE_WRITE)
+		kept = (capacity + IMAGE_WRITE_SHARE - 1) / IMAGE_WRITE_SHARE;
+	area = unused > kept ? find_free(storage, &at) : NULL;
+	if (area) {
+		count = take_run(storage, area, at, (uint32_t)min_u64(want, unused - kept));
+		*first = area->first + at;
+	} else if (whom == BSU_FOR_COPY) {
 		atomic_store_explicit(&state->full, 1, memory_order_relaxed);
 	}
 	pthread_mutex_unlock(&storage->lock);
@@ -140,11 +220,19 @@ uint32_t bsu_storage_give(struct bsu_storage *storage, uint32_t want, uint32_t *
 
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count)
 {
-	struct bsu_storage_state *state = storage->state;
-
 	pthread_mutex_lock(&storage->lock);
-	if (atomic_load_explicit(&state->next_place, memory_order_relaxed) == (uint64_t)first + count)
-		atomic_store_explicit(&state->next_place, first, memory_order_release);
+	/* Places in a row may lie in several areas. */
+	while (count) {
+		const struct bsu_area *area = bsu_storage_area(storage, first);
+		uint32_t begin = first - area->first;
+		uint32_t end = (uint32_t)min_u64(area->count, (uint64_t)begin + count);
+
+		for (uint32_t at = begin; at < end; at++)
+			area->given[at / 64] &= ~(1ull << (at % 64));
+		count_used(storage, area, -(int64_t)(end - begin));
+		first += end - begin;
+		count -= end - begin;
+	}
 	pthread_mutex_unlock(&storage->lock);
 }
 

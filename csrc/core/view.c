@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The set of held images of a device. A view is immutable; a change prepares
- * another one, installs it while the gate is closed and nothing is in flight,
- * and frees the old one after every thread has left the core once. Writers use
- * one view from the gate to their end; image reads take the current one each
- * time they look.
+ * another one, installs it, and frees the old one after every thread has left
+ * the core once. An image is added while the gate is closed and nothing is in
+ * flight. One that goes stops being copied to in the same way, and leaves the
+ * view later: with or without it, everybody finds the same.
  */
 #include <stdlib.h>
 
@@ -80,20 +80,33 @@ static struct bsu_view *view_change(const struct bsu_view *old, struct bsu_image
 	return view;
 }
 
-/* Older images of its chain read through the map of @image: it cannot go before them. */
-static bool is_read_through(const struct bsu_device *dev, const struct bsu_image *image)
+/* The image before @image in its chain, which reads through the map of @image. */
+static struct bsu_image *older_neighbour(const struct bsu_device *dev, const struct bsu_image *image)
 {
-	return bsu_view_chain(atomic_load(&dev->view), image->storage)->image[0] != image;
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), image->storage);
+	unsigned int k = 0;
+
+	while (chain->image[k] != image)
+		k++;
+	return k ? chain->image[k - 1] : NULL;
+}
+
+/* Leaves and tables pass from image to image: all of a chain have one arena. */
+static bool fits_chain(const struct bsu_device *dev, const struct bsu_image *image)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), image->storage);
+
+	return !chain || chain->image[0]->map.arena == image->map.arena;
 }
 
 static int prepare(struct bsu_device *dev, struct bsu_image *image, bool take)
 {
-	if (dev->next_view || dev->old_view)
+	if (dev->next_view || dev->settling != BSU_SETTLE_IDLE)
 		return -EBUSY;
 	if (image->dev != dev || !dev->origin || atomic_load(&image->taken) == take)
 		return -EINVAL;
-	if (!take && is_read_through(dev, image))
-		return -EBUSY;
+	if (take && !fits_chain(dev, image))
+		return -EINVAL;
 	dev->next_view = view_change(atomic_load(&dev->view), take ? image : NULL, take ? NULL : image);
 	if (!dev->next_view)
 		return -ENOMEM;
@@ -118,26 +131,67 @@ void bsu_prepare_cancel(struct bsu_device *dev)
 	dev->changing = NULL;
 }
 
-void bsu_switch(struct bsu_device *dev, void *bitmap)
+static void install(struct bsu_device *dev)
 {
-	bool taken = !atomic_load(&dev->changing->taken);
-
-	if (!taken)
-		atomic_store(&dev->changing->state->status, BSU_IMAGE_GONE);
-	if (bitmap && dev->tracking_block)
-		atomic_store_explicit(&dev->bitmap, bitmap, memory_order_release);
 	dev->old_view = atomic_exchange(&dev->view, dev->next_view);
 	dev->next_view = NULL;
-	atomic_store(&dev->changing->taken, taken);
-	dev->changing = NULL;
-
+	dev->settling = BSU_SETTLE_GRACE;
 	pthread_mutex_lock(&dev->lock);
 	for (struct bsu_queue *queue = dev->queues; queue; queue = queue->next)
 		queue->pass_seen = atomic_load(&queue->pass);
 	pthread_mutex_unlock(&dev->lock);
 }
 
-bool bsu_grace_passed(struct bsu_device *dev)
+static void switch_take(struct bsu_device *dev, void *bitmap)
+{
+	struct bsu_image *image = dev->changing;
+
+	if (dev->tracking_block) {
+		image->before = atomic_load_explicit(&dev->bitmap, memory_order_relaxed);
+		if (bitmap)
+			atomic_store_explicit(&dev->bitmap, bitmap, memory_order_release);
+		image->after = atomic_load_explicit(&dev->bitmap, memory_order_relaxed);
+	}
+	dev->changing = NULL;
+	install(dev);
+	atomic_store(&image->taken, true);
+}
+
+/*
+ * From now on copies go to others, so its map does not change any more; it
+ * stays in the view until older images have what they need of it.
+ */
+static void switch_drop(struct bsu_device *dev)
+{
+	struct bsu_image *image = dev->changing;
+
+	atomic_store(&image->state->status, BSU_IMAGE_GONE);
+	atomic_store(&image->taken, false);
+	dev->older = older_neighbour(dev, image);
+	dev->settled = 0;
+	if (dev->older && !MUTANT(BSU_MUTANT_NO_HAND_OVER)) {
+		dev->settling = BSU_SETTLE_HAND_OVER;
+		return;
+	}
+	install(dev);
+}
+
+void bsu_switch(struct bsu_device *dev, void *bitmap)
+{
+	bool taken = atomic_load(&dev->changing->taken);
+
+	/* Seeded: every second member of a take goes on with the old set until a write has ended. */
+	if (MUTANT(BSU_MUTANT_SWITCH_LATE) && !taken && atomic_load(&dev->gate_closed) && dev->changing->serial % 2 == 0) {
+		atomic_store(&dev->bitmap, bitmap);
+		return;
+	}
+	if (taken)
+		switch_drop(dev);
+	else
+		switch_take(dev, bitmap);
+}
+
+static bool grace_passed(struct bsu_device *dev)
 {
 	bool passed = true;
 
@@ -146,11 +200,57 @@ bool bsu_grace_passed(struct bsu_device *dev)
 		if (queue->pass_seen % 2 && atomic_load(&queue->pass) == queue->pass_seen)
 			passed = false;
 	pthread_mutex_unlock(&dev->lock);
-	return passed;
+	return passed || MUTANT(BSU_MUTANT_NO_GRACE);
 }
 
-void bsu_switch_finish(struct bsu_device *dev)
+static int settle_hand_over(struct bsu_device *dev)
 {
+	struct bsu_image *image = dev->changing, *older = dev->older;
+	uint64_t given = bsu_map_hand_over(&image->map, &older->map, dev->settled);
+
+	atomic_fetch_add_explicit(&older->state->preserved, given, memory_order_relaxed);
+	if (++dev->settled == image->map.entries)
+		install(dev);
+	return 1;
+}
+
+static int settle_grace(struct bsu_device *dev)
+{
+	if (!grace_passed(dev))
+		return -EAGAIN;
 	free(dev->old_view);
 	dev->old_view = NULL;
+	dev->settled = 0;
+	if (dev->older) {
+		dev->settling = BSU_SETTLE_PRUNE;
+		return 1;
+	}
+	dev->changing = NULL;
+	dev->settling = BSU_SETTLE_IDLE;
+	return 0;
+}
+
+static int settle_prune(struct bsu_device *dev)
+{
+	bsu_map_prune(&dev->changing->map, &dev->older->map, dev->settled);
+	if (++dev->settled < dev->changing->map.entries)
+		return 1;
+	dev->changing = NULL;
+	dev->older = NULL;
+	dev->settling = BSU_SETTLE_IDLE;
+	return 0;
+}
+
+int bsu_settle(struct bsu_device *dev)
+{
+	switch (dev->settling) {
+	case BSU_SETTLE_HAND_OVER:
+		return settle_hand_over(dev);
+	case BSU_SETTLE_GRACE:
+		return settle_grace(dev);
+	case BSU_SETTLE_PRUNE:
+		return settle_prune(dev);
+	default:
+		return 0;
+	}
 }

@@ -88,11 +88,11 @@ static bool plan_run(struct bsu_queue *queue, struct bsu_request *rq, const stru
 			plan->no_copy = true;
 			return true;
 		}
-		if (bsu_map_reserve(chain->image[k], unit, count)) {
+		if (bsu_map_reserve(&chain->image[k]->map, unit, count)) {
 			plan->no_map = true;
 			return true;
 		}
-		got = bsu_storage_give(chain->storage, count, &place);
+		got = bsu_storage_give(chain->storage, BSU_FOR_COPY, count, &place);
 		if (!got) {
 			bsu_chain_break(queue, chain, unit, BSU_IMAGE_OVERFLOWN, ENOSPC);
 			return false;

@@ -149,8 +149,10 @@ int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *resul
  */
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
 		   uint32_t *commit, uint64_t *gate_ns, unsigned int *late);
-/* Waits for bsu_grace_passed(), then bsu_switch_finish(). -ETIMEDOUT. */
+/* bsu_settle() to its end. -ETIMEDOUT: call it again, it goes on where it was. */
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
+/* bsu_image_release() to its end, in the same way. */
+int bsu_image_release_within(struct bsu_image *image, unsigned int timeout_ms);
 /*
  * Sends swallowed trims to the origin (a block device or a file) through the
  * origin ring of @thread, which must have the device's barrier, with the gate

@@ -110,13 +110,32 @@ int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms)
 {
 	uint64_t deadline = now_ns() + timeout_ms * NS_PER_MS;
 
-	while (!bsu_grace_passed(device)) {
+	for (;;) {
+		int ret = bsu_settle(device);
+
+		if (!ret)
+			return 0;
 		if (now_ns() >= deadline)
 			return -ETIMEDOUT;
-		nap();
+		if (ret < 0)
+			nap();
 	}
-	bsu_switch_finish(device);
-	return 0;
+}
+
+int bsu_image_release_within(struct bsu_image *image, unsigned int timeout_ms)
+{
+	uint64_t deadline = now_ns() + timeout_ms * NS_PER_MS;
+
+	for (;;) {
+		int ret = bsu_image_release(image);
+
+		if (!ret)
+			return 0;
+		if (now_ns() >= deadline)
+			return -ETIMEDOUT;
+		if (ret < 0)
+			nap();
+	}
 }
 
 int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,

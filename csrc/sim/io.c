@@ -47,16 +47,20 @@ unsigned int bsu_sim_started(struct bsu_sim *sim, struct bsu_sim_io *out, unsign
 	return count;
 }
 
+static char *memory_of(const struct bsu_io *io)
+{
+	if (io->op != BSU_OP_READ && io->op != BSU_OP_WRITE)
+		return NULL;
+	return io->buf ? io->buf : ((struct sim_request *)io->rq)->data + io->rq_offset;
+}
+
 static void move_data(struct bsu_sim *sim, struct sim_io *entry, uint64_t length)
 {
 	struct bsu_io *io = entry->io;
-	char *memory = io->buf ? io->buf : NULL;
-	char *at = io->file->data + io->offset;
+	char *memory = memory_of(io), *at = io->file->data + io->offset;
 
 	if (io->op == BSU_OP_FLUSH || entry->applied)
 		return;
-	if (!memory && io->rq)
-		memory = ((struct sim_request *)io->rq)->data + io->rq_offset;
 	if (io->offset > io->file->bytes || length > io->file->bytes - io->offset) {
 		bsu_sim_violated(sim, "I/O beyond the end of a file", entry->queue, io->offset);
 		return;
@@ -89,6 +93,13 @@ int bsu_sim_apply(struct bsu_sim *sim, uint64_t id)
 	move_data(sim, entry, entry->io->length);
 	entry->applied = true;
 	return 0;
+}
+
+const void *bsu_sim_memory(struct bsu_sim *sim, uint64_t id)
+{
+	struct sim_io *entry = find(sim, id);
+
+	return entry ? memory_of(entry->io) : NULL;
 }
 
 static void unlink_io(struct bsu_sim *sim, struct sim_io *entry)

@@ -73,6 +73,8 @@ int bsu_sim_apply(struct bsu_sim *sim, uint64_t id);
  * INT32_MAX: all of it; else a short count, of which the data move.
  */
 int bsu_sim_complete(struct bsu_sim *sim, uint64_t id, int res);
+/* Where the data of an outstanding READ or WRITE are or go to in memory; NULL for others. */
+const void *bsu_sim_memory(struct bsu_sim *sim, uint64_t id);
 /* The next copy of data to or from a request fails. */
 void bsu_sim_fail_data(struct bsu_sim *sim, int err);
 
@@ -87,8 +89,11 @@ unsigned int bsu_sim_notified(struct bsu_sim *sim);
 
 /* The first rule that the core broke, see watch.c; empty if none. */
 const char *bsu_sim_violation(struct bsu_sim *sim);
-/* What the image's own map has for @unit, see state.h. */
+/* What the map of the image has for @unit, see state.h; the same of what was written to it. */
 uint32_t bsu_sim_slot(const struct bsu_image *image, uint64_t unit);
+uint32_t bsu_sim_written_slot(const struct bsu_image *image, uint64_t unit);
+/* Whether a place is given out at the moment. */
+bool bsu_sim_place_used(const struct bsu_storage *storage, uint32_t place);
 /*
  * The first unit from @from on for which the image, read at this moment, would
  * not give @expected (the whole device); -ENOENT when there is none.

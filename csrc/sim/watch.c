@@ -16,7 +16,7 @@ static bool changes_origin(const struct bsu_queue *queue, const struct bsu_io *i
 static bool preserved(const struct bsu_chain *chain, uint64_t unit)
 {
 	for (unsigned int k = chain->nr_images; k-- > 0;) {
-		if (bsu_map_get(chain->image[k], unit) != BSU_SLOT_EMPTY)
+		if (bsu_map_get(&chain->image[k]->map, unit) != BSU_SLOT_EMPTY)
 			return true;
 		if (bsu_image_status(chain->image[k], NULL) == BSU_IMAGE_ACTIVE)
 			return false;
@@ -46,8 +46,8 @@ const char *bsu_watch_submit(const struct bsu_queue *queue, const struct bsu_io 
 {
 	if (io->op == BSU_OP_READ && io->flags)
 		return "a read carries FUA";
-	if (queue->image && io->op != BSU_OP_READ)
-		return "an image's queue writes";
+	if (queue->image && io->op != BSU_OP_READ && io->file == queue->dev->origin)
+		return "an image's queue writes to the origin";
 	if (!rq && io->file == queue->dev->origin && io->op != BSU_OP_READ)
 		return "a copy writes to the origin";
 	return changes_origin(queue, io, rq) ? watch_change(queue->dev, io, rq) : NULL;
@@ -55,8 +55,23 @@ const char *bsu_watch_submit(const struct bsu_queue *queue, const struct bsu_io 
 
 uint32_t bsu_sim_slot(const struct bsu_image *image, uint64_t unit)
 {
-	return bsu_map_get(image, unit);
+	return bsu_map_get(&image->map, unit);
 }
+
+uint32_t bsu_sim_written_slot(const struct bsu_image *image, uint64_t unit)
+{
+	return bsu_map_get(&image->written, unit);
+}
+
+bool bsu_sim_place_used(const struct bsu_storage *storage, uint32_t place)
+{
+	const struct bsu_area *area = bsu_storage_area(storage, place);
+
+	return area->given[(place - area->first) / 64] >> ((place - area->first) % 64) & 1;
+}
+
+/* The largest unit. */
+static const char zeroes[1 << 20];
 
 int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected, uint64_t from)
 {
@@ -69,13 +84,16 @@ int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected,
 	if (!chain || k == chain->nr_images)
 		return -ENOENT;
 	for (uint64_t unit = from; unit < bsu_device_units(dev); unit++) {
-		uint32_t slot = bsu_chain_slot(chain, k, unit);
+		uint32_t own = bsu_map_get(&image->written, unit);
+		uint32_t slot = own ? own : bsu_chain_slot(chain, k, unit);
 		uint64_t start = unit << dev->unit_shift;
 		const char *data = dev->origin->data + start;
 
 		if (slot == BSU_SLOT_BAD)
 			return (int64_t)unit;
-		if (slot != BSU_SLOT_EMPTY) {
+		if (slot == BSU_SLOT_ZERO) {
+			data = zeroes;
+		} else if (slot != BSU_SLOT_EMPTY) {
 			const struct bsu_area *area = bsu_storage_area(chain->storage, slot - 1);
 
 			data = area->file->data + bsu_storage_offset(chain->storage, area, slot - 1);

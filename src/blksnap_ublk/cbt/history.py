@@ -207,8 +207,9 @@ class History:
     def commit(self, number: int) -> None:
         """Snapshot `number`, the next one, has been taken and is held: the switch to the prepared bitmap is done.
 
-        To be called when no thread marks in the former active bitmap any more. Raises HistoryError if no take is
-        under way or the number is not the next, OSError if there is no room; then it may be called again.
+        Writes to its image are marked in the former active bitmap and in the prepared one, until `destroy`. Raises
+        HistoryError if no take is under way or the number is not the next, OSError if there is no room; then it may be
+        called again.
         """
         with self._changing:
             current = self._state
@@ -246,7 +247,9 @@ class History:
     # Afterwards
 
     def destroy(self, number: int) -> None:
-        """Snapshot `number` is no longer held. Its cursor stays good. `fold` then gives memory back.
+        """Snapshot `number` is no longer held, and nobody writes to its image any more. Its cursor stays good.
+
+        `fold` then gives memory back.
 
         Raises NoSuchSnapshot, OSError.
         """
@@ -348,7 +351,7 @@ class History:
 
     def _next_run(self) -> tuple[Layer, ...] | None:
         current = self._state
-        for run in fold.runs(current.layers, current.held | {current.number}):
+        for run in fold.runs(current.layers, _ends(current)):
             if fold.worth_folding(run, self._geometry, self._policy):
                 return run
         return None
@@ -386,6 +389,14 @@ class History:
             at = places[0]
             self._become(replace(self._state, layers=(*layers[:at], new, *layers[at + len(old) :])))
             return True
+
+
+def _ends(current: State) -> frozenset[int]:
+    """Where runs of layers end: at each number up to which may be asked, and around the bitmaps of the intervals before
+    and after a held snapshot, in which writes to its image are marked.
+    """
+    marked = {number + near for number in current.held for near in (-1, 1)}
+    return current.held | {current.number} | marked
 
 
 def _number(since: Cursor | None) -> int:

@@ -9,7 +9,6 @@ exact answer for every n; asked up to an interval in its midst, it has none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,11 @@ Chunks = NDArray[np.intp]
 
 
 class IntervalLayer:
-    """The interval that ended with one snapshot. Its bitmap is no longer written by anybody."""
+    """The interval that ended with one snapshot.
+
+    Its bitmap is still written while that snapshot or the one before it is held: by writes to their images. So nothing
+    of it is remembered here.
+    """
 
     def __init__(self, number: int, bitmap: Bitmap) -> None:
         self.first = self.last = number
@@ -44,13 +47,9 @@ class IntervalLayer:
         """The change numbers it tells apart, ascending."""
         return np.array([self.last], np.int64)
 
-    @cached_property
-    def _touched(self) -> NDArray[np.bool_]:
-        return self.bitmap.touched()
-
     def touched(self, since: int) -> NDArray[np.bool_]:
         """Which chunks may have changed after `since`, which is below `last`: bool of shape (chunks,)."""
-        return self._touched
+        return self.bitmap.touched()
 
     def add_changed(self, since: int, chunks: Chunks, places: Chunks, words: NDArray[np.uint64]) -> None:
         """Set in `words`, shape (len(chunks), CHUNK_WORDS), the bits of the blocks changed after `since` < `last`.

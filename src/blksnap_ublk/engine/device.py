@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blksnap_ublk.engine._engine import ffi, lib
 from blksnap_ublk.engine.file import File
-from blksnap_ublk.engine.handle import Handle, check, create, pin
+from blksnap_ublk.engine.handle import Handle, Pinned, check, create, pin
 
 if TYPE_CHECKING:
     from blksnap_ublk.engine.image import Image
@@ -33,14 +33,15 @@ class Device(Handle):
         """`block`, `unit`, `tracking_block`: bytes, powers of two, in ascending order.
 
         `bitmap`: the active bitmap, a bit for each tracking block, whole pages, writable; kept until it was replaced
-        and settled. `swallowed`: a bit for each tracking block, or None. `copy_limit_ns`: 0 for 30 s. OSError(EINVAL)
-        where the sizes do not fit each other.
+        and settled, and the images taken before and after it are closed. `swallowed`: a bit for each tracking block, or
+        None. `copy_limit_ns`: 0 for 30 s. OSError(EINVAL) where the sizes do not fit each other.
         """
         self.size = size
         self.origin = origin
-        self._bitmap = None if bitmap is None else pin(bitmap)
+        self._bitmap = None if bitmap is None else Pinned(bitmap)
         self._swallowed = None if swallowed is None else pin(swallowed)
-        self._replaced: list[Any] = []
+        self._replaced: list[Pinned] = []
+        self._taking: Image | None = None
         config = ffi.new(
             "struct bsu_device_config *",
             {
@@ -49,7 +50,7 @@ class Device(Handle):
                 "unit": unit,
                 "tracking_block": tracking_block,
                 "origin": ffi.NULL if origin is None else origin.pointer,
-                "bitmap": ffi.NULL if self._bitmap is None else self._bitmap,
+                "bitmap": ffi.NULL if self._bitmap is None else self._bitmap.pointer,
                 "swallowed": ffi.NULL if self._swallowed is None else self._swallowed,
                 "copy_limit_ns": copy_limit_ns,
             },
@@ -61,6 +62,7 @@ class Device(Handle):
     def prepare_take(self, image: Image) -> None:
         """First step of a take: what can fail. Followed by `switch_all` and `settle`, or by `cancel`."""
         check(lib.bsu_prepare_take(self.pointer, image.pointer), "preparing to take an image")
+        self._taking = image
 
     def prepare_drop(self, image: Image) -> None:
         """First step of taking an image out."""
@@ -69,6 +71,7 @@ class Device(Handle):
     def cancel(self) -> None:
         """Undoes a prepare that was not switched."""
         lib.bsu_prepare_cancel(self.pointer)
+        self._taking = None
 
     def mark(self, start: int, length: int) -> None:
         """Forces blocks into the next increment. OSError(EAGAIN) while the gate is closed."""
@@ -87,23 +90,29 @@ class Device(Handle):
         """Lets parked writes go on."""
         lib.bsu_gate_open(self.pointer)
 
-    def replaced(self, bitmap: Any) -> None:
-        """Of `switch_all`: `bitmap`, pinned, is the active one now; the one before is in use until `settle`."""
-        if self._bitmap is not None:
-            self._replaced.append(self._bitmap)
-        self._bitmap = bitmap
+    def switched(self, bitmap: Pinned | None) -> None:
+        """Of `switch_all`: `bitmap`, unless None, is the active one now; the former is in use until `settle`."""
+        image, self._taking = self._taking, None
+        before = self._bitmap
+        if bitmap is not None:
+            self._bitmap = bitmap
+        if image is not None:
+            image.marks_in(before, self._bitmap)
+        if before is not None and bitmap is not None:
+            self._replaced.append(before)
 
     def settled(self) -> None:
         """Of `settle`: nobody uses the replaced bitmaps any more."""
         while self._replaced:
-            ffi.release(self._replaced.pop())
+            self._replaced.pop().let_go()
 
     def _free(self, pointer: Any) -> None:
         check(lib.bsu_device_free(pointer), "closing a device")
         if self.origin is not None:
             self.origin.let_go()
         self.settled()
-        for pinned in (self._bitmap, self._swallowed):
-            if pinned is not None:
-                ffi.release(pinned)
+        if self._bitmap is not None:
+            self._bitmap.let_go()
+        if self._swallowed is not None:
+            ffi.release(self._swallowed)
         self._bitmap = self._swallowed = None

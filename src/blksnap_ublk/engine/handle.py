@@ -33,6 +33,25 @@ def pin(memory: Any) -> Any:
     return ffi.from_buffer(memory, require_writable=True)
 
 
+class Pinned:
+    """Memory that several objects use: kept where it is until the last of them has let it go."""
+
+    def __init__(self, memory: Any) -> None:
+        self.pointer = pin(memory)
+        self._users = 1
+
+    def hold(self) -> Self:
+        """One more user."""
+        self._users += 1
+        return self
+
+    def let_go(self) -> None:
+        """One user less; the memory may be closed by its owner after the last."""
+        self._users -= 1
+        if not self._users:
+            ffi.release(self.pointer)
+
+
 class Handle:
     """Owner of one C object. Closed by `close()` or as a context manager; closing twice is allowed."""
 

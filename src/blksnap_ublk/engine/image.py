@@ -8,7 +8,7 @@ from typing import Any
 
 from blksnap_ublk.engine._engine import ffi, lib
 from blksnap_ublk.engine.device import Device
-from blksnap_ublk.engine.handle import Handle, check, create, pin
+from blksnap_ublk.engine.handle import Handle, Pinned, check, create, pin
 from blksnap_ublk.engine.storage import Arena, Storage
 
 
@@ -46,6 +46,7 @@ class Image(Handle):
         super().__init__(create(lib.bsu_image_new, config, what="image"))
         self.device = device
         self._parts = (storage.hold(), arena.hold())
+        self._bitmaps: list[Pinned] = []
 
     @staticmethod
     def state_bytes(size: int, unit: int = 4096) -> int:
@@ -63,6 +64,22 @@ class Image(Handle):
         """Marks it as broken, `error` being an errno; the first reason stays."""
         lib.bsu_image_break(self.pointer, status, error)
 
+    def marks_in(self, before: Pinned | None, after: Pinned | None) -> None:
+        """Of a take: the bitmaps that writes to the image are marked in, kept until it is closed."""
+        self._bitmaps = [each.hold() for each in (before, after) if each is not None]
+
+    def release(self, *, timeout_ms: int = 10_000) -> None:
+        """After it was dropped and settled: gives its places and map memory back. `close` does the rest of it.
+
+        OSError(ETIMEDOUT) when it is still read from then, or is very large: call it again, it goes on where it was.
+        """
+        check(lib.bsu_image_release_within(self.pointer, timeout_ms), "giving back what an image has")
+
+    @property
+    def written(self) -> int:
+        """Bytes written to the image itself, whole units."""
+        return int(lib.bsu_image_written(self.pointer))
+
     @property
     def preserved(self) -> int:
         """Bytes preserved for it."""
@@ -76,5 +93,7 @@ class Image(Handle):
     def _free(self, pointer: Any) -> None:
         check(lib.bsu_image_free(pointer), "closing an image")
         ffi.release(self._state)
+        while self._bitmaps:
+            self._bitmaps.pop().let_go()
         for part in self._parts:
             part.let_go()

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from blksnap_ublk.engine._engine import ffi, lib
 from blksnap_ublk.engine.device import Device
 from blksnap_ublk.engine.file import File
-from blksnap_ublk.engine.handle import Handle, check, pin
+from blksnap_ublk.engine.handle import Handle, Pinned, check
 from blksnap_ublk.engine.image import Image
 from blksnap_ublk.engine.request import Flags, Op
-from blksnap_ublk.engine.storage import Arena
+from blksnap_ublk.engine.storage import Arena, Storage
 
 ALL = 2**31 - 1
 """Result of an I/O that did everything."""
@@ -27,6 +27,9 @@ NEED_COPY: int = lib.BSU_NEED_COPY
 
 SLOT_BAD = 2**32 - 1
 """What a map has for a unit that could not be read."""
+
+SLOT_ZERO = 2**32 - 2
+"""What the map of what was written to an image has for a unit of zeroes."""
 
 _MOST = 256
 
@@ -173,18 +176,28 @@ class Simulator(Handle):
         """How often the core notified the control side since the last call."""
         return int(lib.bsu_sim_notified(self.pointer))
 
-    def switch(self, devices: Sequence[Device], bitmaps: Sequence[Any]) -> None:
-        """Switches prepared devices whose gates are closed and drained; `bitmaps` as in `engine.switch_all`."""
+    def switch(self, devices: Sequence[Device], bitmaps: Sequence[Any], *, settle: bool = True) -> None:
+        """Switches prepared devices whose gates are closed and drained; `bitmaps` as in `engine.switch_all`.
+
+        What follows the switch is done as well, or left to `settle`.
+        """
         for device, bitmap in zip(devices, bitmaps, strict=True):
-            pinned = None if bitmap is None else pin(bitmap)
-            lib.bsu_switch(device.pointer, ffi.NULL if pinned is None else pinned)
-            if pinned is not None:
-                device.replaced(pinned)
-        for device in devices:
-            if not lib.bsu_grace_passed(device.pointer):
-                raise AssertionError("one thread, and it is in the core and here")
-            lib.bsu_switch_finish(device.pointer)
+            pinned = None if bitmap is None else Pinned(bitmap)
+            lib.bsu_switch(device.pointer, ffi.NULL if pinned is None else pinned.pointer)
+            device.switched(pinned)
+        for device in devices if settle else ():
+            while self.settle(device):
+                pass
+
+    @staticmethod
+    def settle(device: Device) -> bool:
+        """A portion of what follows a switch; whether there is more."""
+        result = int(lib.bsu_settle(device.pointer))
+        if result < 0:
+            raise AssertionError("one thread, and it is in the core and here")
+        if not result:
             device.settled()
+        return bool(result)
 
     @staticmethod
     def next_swallowed(device: Device, most: int) -> tuple[int, int] | None:
@@ -203,6 +216,16 @@ class Simulator(Handle):
     def slot(image: Image, unit: int) -> int:
         """What the image's own map has for a unit: 0, a place plus one, or SLOT_BAD."""
         return int(lib.bsu_sim_slot(image.pointer, unit))
+
+    @staticmethod
+    def written_slot(image: Image, unit: int) -> int:
+        """What the map of what was written to the image has for a unit: also SLOT_ZERO."""
+        return int(lib.bsu_sim_written_slot(image.pointer, unit))
+
+    @staticmethod
+    def place_used(storage: Storage, place: int) -> bool:
+        """Whether a place is given out at the moment."""
+        return bool(lib.bsu_sim_place_used(storage.pointer, place))
 
     @staticmethod
     def first_wrong(image: Image, expected: Any, start: int = 0) -> int | None:

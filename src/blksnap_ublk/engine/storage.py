@@ -12,8 +12,8 @@ from blksnap_ublk.engine.handle import Handle, check, create, pin
 ARENA_PORTION: int = lib.BSU_ARENA_PORTION
 """Bytes of a portion of map memory."""
 
-STORAGE_STATE_BYTES = 4096
-"""Bytes of a storage's shared state: a page, of which the beginning is used."""
+STORAGE_STATE_BYTES: int = lib.bsu_storage_state_bytes()
+"""Bytes of a storage's shared state."""
 
 
 class Arena(Handle):

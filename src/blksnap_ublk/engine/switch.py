@@ -10,7 +10,7 @@ from typing import Any
 from blksnap_ublk.engine._engine import ffi, lib
 from blksnap_ublk.engine.device import Device
 from blksnap_ublk.engine.file import File
-from blksnap_ublk.engine.handle import check, pin
+from blksnap_ublk.engine.handle import Pinned, check, pin
 from blksnap_ublk.engine.thread import Thread
 
 
@@ -29,7 +29,7 @@ def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: i
     one. `commit`: writable memory whose first 32-bit word becomes 1 with the switch, or None. Devices stacked on one
     another come top first. Raises Late.
     """
-    pinned = [None if bitmap is None else pin(bitmap) for bitmap in bitmaps]
+    pinned = [None if bitmap is None else Pinned(bitmap) for bitmap in bitmaps]
     if len(pinned) != len(devices):
         raise ValueError(f"{len(devices)} devices and {len(pinned)} bitmaps")
     record = ffi.NULL if commit is None else pin(commit)
@@ -37,7 +37,7 @@ def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: i
     late = ffi.new("unsigned int *")
     result = lib.bsu_switch_all(
         [device.pointer for device in devices],
-        [ffi.NULL if bitmap is None else bitmap for bitmap in pinned],
+        [ffi.NULL if bitmap is None else bitmap.pointer for bitmap in pinned],
         len(devices),
         limit_ms,
         ffi.cast("uint32_t *", record),
@@ -49,18 +49,20 @@ def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: i
     if result < 0:
         for bitmap in pinned:
             if bitmap is not None:
-                ffi.release(bitmap)
+                bitmap.let_go()
         if result == -errno.ETIMEDOUT:
             raise Late(late[0], limit_ms)
         check(result, "switch")
     for device, bitmap in zip(devices, pinned, strict=True):
-        if bitmap is not None:
-            device.replaced(bitmap)
+        device.switched(bitmap)
     return int(gate_ns[0])
 
 
 def settle(device: Device, *, timeout_ms: int = 10_000) -> None:
-    """After a switch: waits until nobody uses what it replaced, lets go of that. OSError(ETIMEDOUT): call it again."""
+    """After a switch: waits until nobody uses what it replaced, lets go of that.
+
+    After a drop it also hands what older images need of the one that went to them. OSError(ETIMEDOUT): call it again.
+    """
     check(lib.bsu_switch_settle(device.pointer, timeout_ms), "settling a switch")
     device.settled()
 

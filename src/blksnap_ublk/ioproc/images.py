@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class HeldImage:
-    """An image. `taken`: it is, or was, in its device's set; `dropped`: it is out of it, about to be forgotten."""
+    """An image. `taken`: it is, or was, in its device's set; `dropped`: it is out of it, about to be forgotten.
+
+    `bitmaps`: of the intervals before and after it, where writes to it are marked.
+    """
 
     name: str
     device: FilteredDevice
@@ -36,6 +39,7 @@ class HeldImage:
     char: int = -1
     thread: ImageThread | None = None
     queues: list[UblkQueue] = field(default_factory=list)
+    bitmaps: list[StateMap] = field(default_factory=list)
     reported: ImageStatus = ImageStatus.ACTIVE
 
     @property
@@ -127,9 +131,15 @@ class Images:
             image.char = -1
         image.ublk_id = None
 
-    def forget(self, image: HeldImage) -> None:
-        """For an image that is not served and not in its device's set. Raises OSError(EBUSY) while it is used."""
+    def forget(self, image: HeldImage, seconds: float) -> None:
+        """For an image that is not served and not in its device's set. Raises OSError.
+
+        ETIMEDOUT while it is used, or has more than can be given back in that time: call it again, it goes on.
+        """
+        image.image.release(timeout_ms=int(seconds * 1000))
         image.image.close()
+        while image.bitmaps:
+            image.bitmaps.pop().close()
         del self._images[image.name]
         image.device.images.discard(image.name)
         image.storage.images.discard(image.name)
@@ -159,4 +169,5 @@ class Images:
             status=status.name.lower(),
             error=error,
             preserved=image.image.preserved,
+            written=image.image.written,
         )

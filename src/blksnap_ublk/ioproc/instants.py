@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 COMMIT_BYTES = 4096
 DROP_LIMIT_MS = 2000
-DROP_SETTLE_LIMIT = 10.0
+DROP_SETTLE_LIMIT = 0.5
 NAP = 0.02
 REPLAY_SLICE = 64 << 20
 REPLAY_LIMIT_MS = 1000
@@ -69,6 +69,7 @@ class Instants:
         for device, image, bitmap in zip(devices, images, bitmaps, strict=True):
             image.taken = True
             device.taken.add(image.name)
+            image.bitmaps = [device.bitmap.hold(), bitmap.hold()]
             device.old_maps.append(device.bitmap)
             device.bitmap = bitmap
             self._settle_later(device)
@@ -96,7 +97,7 @@ class Instants:
             self._settle_later(device)
         if image.dropped:
             device.settle(DROP_SETTLE_LIMIT)
-        self._images.forget(image)
+        self._images.forget(image, DROP_SETTLE_LIMIT)
         if image.dropped and not device.taken and not device.replaying:
             device.replaying = True
             self._loop.later(0, lambda: self._replay(device))

@@ -136,8 +136,9 @@ class Take(msgspec.Struct, tag="take", frozen=True):
 class Drop(msgspec.Struct, tag="drop", frozen=True):
     """Take an image out of its device (after FinishImage) and forget it; also undoes OpenImage.
 
-    Trims that were swallowed are sent, after the answer, when it was the last image of its device. Refused with
-    ETIMEDOUT when writes of the device or reads of the image do not end: ask again, it goes on where it was.
+    What older images of its storage need of it is handed to them. Trims that were swallowed are sent, after the answer,
+    when it was the last image of its device. Refused with ETIMEDOUT when writes of the device or reads of the image do
+    not end, or there is much to hand over: ask again, it goes on where it was.
     """
 
     image: str
@@ -197,7 +198,10 @@ class DeviceReport(msgspec.Struct, frozen=True):
 
 
 class ImageReport(msgspec.Struct, frozen=True):
-    """An image as the io process has it. `status`: active, overflown, corrupted; `error`: errno, 0 while active."""
+    """An image as the io process has it. `status`: active, overflown, corrupted; `error`: errno, 0 while active.
+
+    `preserved`: bytes kept for it; `written`: bytes written to the image itself.
+    """
 
     image: str
     ublk_id: int | None
@@ -206,6 +210,7 @@ class ImageReport(msgspec.Struct, frozen=True):
     status: str
     error: int
     preserved: int
+    written: int = 0
 
 
 class StorageReport(msgspec.Struct, frozen=True):

@@ -5,10 +5,11 @@ import errno
 import mmap
 import os
 from contextlib import suppress
+from typing import Self
 
 
 class StateMap:
-    """A state file mapped shared, all of it resident from the beginning."""
+    """A state file mapped shared, all of it resident from the beginning. It has one user at first; see `hold`."""
 
     def __init__(self, descriptor: int, least: int, what: str) -> None:
         """`least`: bytes that are needed. The descriptor stays the caller's.
@@ -24,9 +25,18 @@ class StateMap:
                 errno.EINVAL, f"{what}: only {status.st_blocks * 512} of {status.st_size} bytes are allocated"
             )
         self.memory = mmap.mmap(descriptor, status.st_size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._users = 1
+
+    def hold(self) -> Self:
+        """One more user, who closes it too."""
+        self._users += 1
+        return self
 
     def close(self) -> None:
-        """Unmap it; what uses the memory must have been closed before. May be called again."""
+        """One user less; unmapped after the last. What uses the memory must have been closed before."""
+        self._users -= 1
+        if self._users > 0:
+            return
         # An exception on its way may still refer to it; the mapping goes when that has gone.
         with suppress(BufferError):
             self.memory.close()

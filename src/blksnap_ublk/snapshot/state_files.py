@@ -25,11 +25,12 @@ RECORD_BYTES = 16
 _ZEROES = bytes(1 << 20)
 _STORAGE_MAGIC = 0x53555342
 _IMAGE_MAGIC = 0x49555342
-_VERSION = 1
-# magic, version, unit, areas, next_place, capacity, full, pad
-_STORAGE = struct.Struct("<IIIIQQI20x")
-# magic, version, size, unit, serial, status, error, preserved, directory_entries
-_IMAGE = struct.Struct("<IIQIIIiQQ")
+_VERSION = 2
+# magic, version, unit, areas, high_water, capacity, used, full, pad; then what is used of each area
+_STORAGE = struct.Struct("<IIIIQQQI20x")
+_AREAS_MAX = 4096
+# magic, version, size, unit, serial, status, error, preserved, directory_entries, written
+_IMAGE = struct.Struct("<IIQIIIiQQQ")
 _IMAGE_HEADER = 4096
 _TABLE_UNITS = 64 * 1024
 
@@ -46,26 +47,31 @@ class ImageStatus(IntEnum):
 
 @dataclass(frozen=True)
 class ImageState:
-    """The head of an image state file. `error` is a positive errno, 0 while active; `preserved` is in bytes."""
+    """The head of an image state file. `error` is a positive errno, 0 while active.
+
+    `preserved`, and `written`, to the image itself, are in bytes.
+    """
 
     status: ImageStatus
     error: int
     preserved: int
+    written: int = 0
 
 
 @dataclass(frozen=True)
 class StorageState:
-    """The head of a storage state file. `used` and `capacity` are in places of one unit each."""
+    """A storage state file. `used`, `capacity`, and `areas`, what is used of each area, are in places of one unit."""
 
     used: int
     capacity: int
+    areas: tuple[int, ...]
 
 
 def image_state_bytes(size: int, unit: int) -> int:
     """Length of the image state file of a device of `size` bytes."""
     units = -(-size // unit)
     directory = -(-units // _TABLE_UNITS)
-    return _pages(_IMAGE_HEADER + 4 * directory)
+    return _pages(_IMAGE_HEADER + 2 * 4 * directory)
 
 
 def records_bytes(length: int, unit: int) -> int:
@@ -75,7 +81,7 @@ def records_bytes(length: int, unit: int) -> int:
 
 def storage_state_bytes() -> int:
     """Length of a storage state file."""
-    return _pages(_STORAGE.size)
+    return _pages(_STORAGE.size + 4 * _AREAS_MAX)
 
 
 def swallowed_bytes(size: int, tracking_block: int) -> int:
@@ -137,21 +143,21 @@ class StateFiles:
         head = self._head(name, _IMAGE.size)
         if head is None:
             return None
-        magic, version, _, unit, _, status, error, preserved, _ = _IMAGE.unpack(head)
+        magic, version, _, unit, _, status, error, preserved, _, written = _IMAGE.unpack(head)
         if magic != _IMAGE_MAGIC or version != _VERSION:
             return None
         known = ImageStatus(status) if status <= max(ImageStatus) else ImageStatus.CORRUPTED
-        return ImageState(known, error, preserved * unit)
+        return ImageState(known, error, preserved * unit, written * unit)
 
     def storage_state(self, name: str) -> StorageState | None:
         """What a storage state file says; None where there is none or the io process has not written it yet."""
-        head = self._head(name, _STORAGE.size)
+        head = self._head(name, _STORAGE.size + 4 * _AREAS_MAX)
         if head is None:
             return None
-        magic, version, _, _, next_place, capacity, _ = _STORAGE.unpack(head)
-        if magic != _STORAGE_MAGIC or version != _VERSION:
+        magic, version, _, areas, _, capacity, used, _ = _STORAGE.unpack_from(head)
+        if magic != _STORAGE_MAGIC or version != _VERSION or areas > _AREAS_MAX:
             return None
-        return StorageState(min(next_place, capacity), capacity)
+        return StorageState(min(used, capacity), capacity, struct.unpack_from(f"<{areas}I", head, _STORAGE.size))
 
     def _head(self, name: str, length: int) -> bytes | None:
         try:

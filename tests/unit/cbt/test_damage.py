@@ -27,6 +27,7 @@ def directory(tmp_path: Path) -> Path:
         history.prepare()
         history.commit(number)
     history.destroy(1)
+    history.destroy(2)
     history.fold()
     history.prepare()
     kinds = sorted(path.name.partition(".")[0] for path in tmp_path.iterdir())
@@ -147,6 +148,7 @@ def test_array_whose_chunks_share_values(tmp_path: Path) -> None:
         history.prepare()
         history.commit(number)
     history.destroy(1)
+    history.destroy(2)
     history.fold()
     overwrite(array_file(tmp_path), 4096, b"\x02")
     with pytest.raises(HistoryDamaged, match="two chunks share"):

@@ -44,6 +44,29 @@ def test_device_of_one_block(tmp_path: Path, size: int) -> None:
     assert history.last_change().tolist() == [2]
 
 
+def test_writes_to_held_images_are_changes_before_and_after_them(tmp_path: Path) -> None:
+    """Also after somebody has asked, and after younger and older snapshots have gone and were folded."""
+    history = History.create(tmp_path, 1 << 20, policy=FoldPolicy(always=True))
+    bitmaps = []
+    for _ in range(5):
+        bitmaps.append(history.active)
+        take(history)
+    assert ranges(history, None) == []
+    for number in (1, 2, 4, 5):
+        history.destroy(number)
+        history.fold()
+    mark(bitmaps[2], [7])
+    mark(bitmaps[3], [7])
+    block = [[7 * 64 * KIB, 64 * KIB]]
+    assert ranges(history, 2, 3) == ranges(history, 3) == block
+    assert ranges(history, 4) == []
+    history.destroy(3)
+    history.fold()
+    assert len(history._state.layers) == 1
+    assert ranges(history, 2) == ranges(history, 3) == block
+    assert ranges(history, 4) == []
+
+
 def test_last_block_is_clipped_to_the_device(tmp_path: Path) -> None:
     size = 3 * 64 * KIB + 512
     history = History.create(tmp_path, size)
@@ -266,9 +289,9 @@ def test_more_numbers_than_16_bits(tmp_path: Path) -> None:
 def test_full_table_where_nothing_changed(tmp_path: Path) -> None:
     """Two arrays without a change, whose numbers do not fit into one table, become one that opens."""
     history = History.create(tmp_path, 1 << 20, policy=FoldPolicy(always=True, number_limit=1))
-    for _ in range(4):
+    for _ in range(8):
         take(history)
-    for number in (1, 3, 2):
+    for number in (1, 2, 3, 6, 7, 8, 4, 5):
         history.destroy(number)
         history.fold()
     history = History.open(tmp_path, policy=FoldPolicy(always=True, number_limit=1))

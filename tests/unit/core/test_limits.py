@@ -26,8 +26,10 @@ def pages(count: int) -> Any:
     [
         {"size": 0},
         {"size": 4096 + 1},
+        {"block": 0},
         {"block": 256},
         {"block": 1536},
+        {"unit": 0},
         {"unit": 256},
         {"unit": 6144},
         {"unit": 131072, "tracking_block": 131072},
@@ -47,7 +49,7 @@ def test_devices_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 def test_storage_has_places_for_so_many_areas() -> None:
     with Simulator() as sim:
-        storage = engine.Storage(pages(1), unit=4096)
+        storage = engine.Storage(pages(5), unit=4096)
         file = sim.add_file(4096)
         for _ in range(AREAS):
             storage.add_area(file, 0, 4096, pages(1))
@@ -58,8 +60,10 @@ def test_storage_has_places_for_so_many_areas() -> None:
         assert storage.capacity == AREAS * 4096
         assert (storage.used, storage.area_used(0), storage.area_used(AREAS)) == (0, 0, 0)
         storage.close()
-    with pytest.raises(OSError, match="storage"):
-        engine.Storage(pages(1), unit=1000)
+    for unit in (0, 256, 1000):
+        with pytest.raises(OSError, match="storage") as caught:
+            engine.Storage(pages(5), unit=unit)
+        assert caught.value.errno == errno.EINVAL
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def device() -> Iterator[engine.Device]:
 
 @pytest.mark.parametrize("serial", [0, 1 << 24])
 def test_images_that_make_no_sense(device: engine.Device, serial: int) -> None:
-    with engine.Arena() as arena, engine.Storage(pages(1)) as storage, engine.Storage(pages(1), unit=8192) as other:
+    with engine.Arena() as arena, engine.Storage(pages(5)) as storage, engine.Storage(pages(5), unit=8192) as other:
         engine.Image(device, storage, arena, pages(3), serial=1).close()
         for given, number in ((storage, serial), (other, 1)):
             with pytest.raises(OSError, match="image") as caught:
@@ -79,8 +83,54 @@ def test_images_that_make_no_sense(device: engine.Device, serial: int) -> None:
             assert caught.value.errno == errno.EINVAL
 
 
+@pytest.mark.parametrize("missing", ["device", "storage", "arena", "state"])
+def test_images_that_lack_a_part(device: engine.Device, missing: str) -> None:
+    with engine.Arena() as arena, engine.Storage(pages(5)) as storage:
+        parts = {"device": device.pointer, "storage": storage.pointer, "arena": arena.pointer, "serial": 1}
+        state = ffi.from_buffer(pages(3))
+        config = ffi.new("struct bsu_image_config *", {**parts, "state": state, missing: ffi.NULL})
+        error = ffi.new("int *")
+        assert lib.bsu_image_new(config, error) == ffi.NULL
+        assert error[0] == -errno.EINVAL
+
+
+def test_a_storage_that_lacks_its_state() -> None:
+    error = ffi.new("int *")
+    assert lib.bsu_storage_new(ffi.new("struct bsu_storage_config *", {"unit": 4096}), error) == ffi.NULL
+    assert error[0] == -errno.EINVAL
+
+
+def test_what_a_change_of_images_needs_stays_until_it_is_cancelled(device: engine.Device) -> None:
+    with engine.Arena() as arena, engine.Storage(pages(5)) as storage:
+        image, other = (engine.Image(device, storage, arena, pages(3), serial=serial) for serial in (1, 2))
+        device.prepare_take(image)
+        for refused, error in (
+            (image.close, errno.EBUSY),
+            (device.close, errno.EBUSY),
+            (lambda: device.prepare_take(other), errno.EBUSY),
+        ):
+            with pytest.raises(OSError, match=r"closing|preparing") as caught:
+                refused()
+            assert caught.value.errno == error
+        other.close()
+        device.cancel()
+        image.close()
+
+
+def test_a_device_stays_while_it_is_used() -> None:
+    with Simulator() as sim:
+        device = engine.Device(size=1 << 20)
+        queue = sim.add_queue(sim.add_thread(2 << 20), device=device, depth=1, zero_copy=True)
+        with pytest.raises(OSError, match="closing a device") as caught:
+            device.close()
+        assert caught.value.errno == errno.EBUSY
+        sim.del_queue(queue)
+        assert sim.next_swallowed(device, 1 << 20) is None
+        device.close()
+
+
 def test_the_first_reason_for_breaking_stays(device: engine.Device) -> None:
-    with engine.Arena() as arena, engine.Storage(pages(1)) as storage:
+    with engine.Arena() as arena, engine.Storage(pages(5)) as storage:
         image = engine.Image(device, storage, arena, pages(3), serial=1)
         image.break_(engine.ImageStatus.OVERFLOWN, errno.ENOSPC)
         image.break_(engine.ImageStatus.CORRUPTED, errno.EIO)
@@ -95,7 +145,7 @@ def test_freeing_nothing_is_allowed() -> None:
 
 
 def test_storage_has_no_more_places_than_a_slot_can_name() -> None:
-    with Simulator() as sim, engine.Storage(pages(1), unit=512) as storage:
+    with Simulator() as sim, engine.Storage(pages(5), unit=512) as storage:
         file, records = sim.add_file(4096), ffi.cast("void *", 4096)  # never looked at: nothing is given out
         most = 512 * 0xFFFFFFF0
         assert lib.bsu_storage_add_area(storage.pointer, file.pointer, 0, most + 512, records) == -errno.ENOSPC

@@ -62,8 +62,7 @@ def test_an_image_stays_until_the_switch_that_dropped_it_is_finished() -> None:
     with pytest.raises(OSError, match="closing an image") as caught:
         held.image.close()
     assert refused(caught) == errno.EBUSY
-    assert lib.bsu_grace_passed(device.pointer)
-    lib.bsu_switch_finish(device.pointer)
+    assert lib.bsu_settle(device.pointer) == 0
     held.image.close()
     end(world)
 

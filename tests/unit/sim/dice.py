@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.sim import NEED_COPY, SimIo
+from tests.unit.sim.death import die as death
 from tests.unit.sim.ending import end
 from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, Shape
 from tests.unit.sim.world import S, World
@@ -67,8 +68,12 @@ class Dice:
         """One step."""
         die, world = self.die, self.world
         chance = die.random()
-        if chance < 0.02:
-            self.die.choice(self.rare)()
+        if world.settling and die.random() < 0.2:
+            world.portion(die.randrange(len(world.disks)))
+        if chance < 0.003:
+            death(world, [die.randrange(60) for _ in range(die.randrange(12))])
+        elif chance < 0.02:
+            die.choice(self.rare)()
         elif chance < 0.10:
             self.instant()
         elif world.ios and die.random() < self.hasty:

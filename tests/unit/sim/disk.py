@@ -72,26 +72,10 @@ class Disk:
         self.number = number
         self.size = shape.size
         self.count = self.size // SECTOR
-        self.file = sim.add_file(self.size)
-        self.words: Words = np.frombuffer(self.file.data, np.uint64).reshape(-1, WORDS)
         self.blocks = (self.size + shape.tracking_block - 1) // shape.tracking_block
         self.bitmap = self.new_bitmap()
         self.swallowed = self.new_bitmap()
-        self.device = engine.Device(
-            size=self.size,
-            unit=shape.unit,
-            tracking_block=shape.tracking_block,
-            origin=self.file,
-            bitmap=self.bitmap,
-            swallowed=self.swallowed,
-        )
-        self.queues = [
-            sim.add_queue(
-                threads[(number + n) % len(threads)], device=self.device, depth=shape.depth, zero_copy=shape.zero_copy
-            )
-            for n in range(shape.queues)
-        ]
-        self.gate_closed = False
+        self.serve(sim, threads)
         # What may be there. A write may be seen from its submission on, until another one that was submitted after
         # its end has ended itself. `ended` is indexed by write number, the others by sector.
         self.ended = np.full(1024, IN_FLIGHT, dtype=np.int64)
@@ -104,6 +88,30 @@ class Disk:
         # What the active bitmap must have, and may have.
         self.base = self.words.copy()
         self.touched = np.zeros(self.blocks, dtype=bool)
+
+    def serve(self, sim: Simulator, threads: list[int]) -> None:
+        """Makes the device and its queues, with the bitmaps that there are, on an origin of zeroes."""
+        shape = self.shape
+        self.file = sim.add_file(self.size)
+        self.words: Words = np.frombuffer(self.file.data, np.uint64).reshape(-1, WORDS)
+        self.device = engine.Device(
+            size=self.size,
+            unit=shape.unit,
+            tracking_block=shape.tracking_block,
+            origin=self.file,
+            bitmap=self.bitmap,
+            swallowed=self.swallowed,
+        )
+        self.queues = [
+            sim.add_queue(
+                threads[(self.number + n) % len(threads)],
+                device=self.device,
+                depth=shape.depth,
+                zero_copy=shape.zero_copy,
+            )
+            for n in range(shape.queues)
+        ]
+        self.gate_closed = False
 
     def new_bitmap(self) -> Any:
         """A bitmap of whole pages, zeroed."""

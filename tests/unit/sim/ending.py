@@ -70,7 +70,8 @@ def close(world: World) -> None:
         world.close_gate(number)
         assert world.still(disk)
     while world.held:
-        assert world.drop(0)
+        assert world.drop(len(world.held) // 2)
+    world.hand_over()
     for number, disk in enumerate(world.disks):
         while world.replay(number, 3 * disk.shape.tracking_block):
             pass
@@ -85,6 +86,7 @@ def close(world: World) -> None:
         disk.device.close()
     assert world.arena.free == world.arena.total, "map memory was lost"
     for store in world.stores:
+        assert not store.used, "places were lost"
         store.storage.close()
     world.arena.close()
     world.sim.close()

@@ -23,6 +23,7 @@ class Held:
         self.store = store
         self.serial = serial
         self.state = np.zeros(engine.Image.state_bytes(disk.size, disk.shape.unit), dtype=np.uint8)
+        self.disk_device = disk.device
         self.image = engine.Image(disk.device, store.storage, arena, self.state, serial=serial)
         self.expected: Any = None
         self.queue: int | None = None

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-GROUPS = ("test_rules.py", "test_waiting.py", "test_fault_sweep.py", "test_any_order.py", "test_dice.py")
+GROUPS = tuple(f"test_{name}.py" for name in ("rules", "waiting", "death", "fault_sweep", "any_order", "dice"))
 LIMIT_SECONDS = 600
 """A test that is still running then has found a request that never ends."""
 

@@ -28,8 +28,8 @@ def drop(world: World, disk: int, trouble: Trouble) -> None:
     """The oldest image of the first chain of a disk goes."""
     world.close_gate(disk)
     flow(world, trouble)
-    oldest = [held for held in world.held if world.chain(held)[0] is held]
-    assert world.drop(next(n for n, held in enumerate(oldest) if held.disk.number == disk))
+    assert world.drop(next(n for n, held in enumerate(world.held) if held.disk.number == disk))
+    world.hand_over()
     world.open_gate(disk)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class Store:
         self.damaged: set[int] = set()
         """Places whose data a test has changed."""
         self._used = 0
+        self.ending = range(0)
+        """Places of the write that completes in this step."""
         for units in areas:
             self.grow(units)
 
@@ -54,7 +57,7 @@ class Store:
     @property
     def full(self) -> bool:
         """Whether a copy found no room, at any time."""
-        return bool(self.state.view(np.uint32)[8])
+        return bool(self.state.view(np.uint32)[10])
 
     @property
     def used(self) -> int:
@@ -66,14 +69,17 @@ class Store:
         first = self.files[io.file][1] + (io.offset - GAP) // self.unit
         return slice(first, first + (io.length + self.unit - 1) // self.unit)
 
-    def write_began(self, io: SimIo) -> None:
-        """A copy writes: nobody else has these places."""
+    def write_began(self, io: SimIo, referred: Callable[[int], bool]) -> None:
+        """A copy writes: nobody else has these places. `referred`: whether an image finds something in a place."""
         places = self.places_of(io)
         if not io.again:
-            assert io.length == io.units * self.unit
-            state = self.places[places]
-            assert not state.any(), f"places {places} are given out twice, now for unit {io.unit}"
-            assert places.stop <= self.used, f"places {places} are written and not given out"
+            assert io.length == io.units * self.unit or io.request
+            for place in range(places.start, places.stop):
+                free = self.places[place] == Place.FREE or (
+                    place in self.ending if self.places[place] == Place.BUSY else not referred(place)
+                )
+                assert free, f"place {place} is given out twice, now for unit {io.unit}"
+                assert self.sim.place_used(self.storage, place), f"place {place} is written and not given out"
         self.places[places] = Place.BUSY
         self.damaged -= set(range(places.start, places.stop))
 
@@ -81,15 +87,18 @@ class Store:
         """The write of a copy, all of it or its rest, has ended for good."""
         stop = self.places_of(io).stop
         self.places[stop - io.units : stop] = Place.USED
+        self._used = -1
         self.check()
 
     def check(self) -> None:
         """Places that went back are free, and nobody writes to them."""
         used = self.used
-        if used < self._used:
-            returned = self.places[used : self._used]
-            assert not (returned == Place.BUSY).any(), "a place went back while it is written"
-            returned[:] = Place.FREE
+        if used == self._used:
+            return
+        for place in np.flatnonzero(self.places):
+            if not self.sim.place_used(self.storage, int(place)):
+                assert self.places[place] != Place.BUSY, "a place went back while it is written"
+                self.places[place] = Place.FREE
         self._used = used
 
     def damage_record(self, place: int, byte: int) -> None:

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.sim import NEED_COPY
 from tests.unit.sim.budget import EXAMPLES, SEEDED, STEPS
+from tests.unit.sim.death import die
 from tests.unit.sim.ending import end
 from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, Shape
 from tests.unit.sim.world import S, World
@@ -149,6 +150,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def fail_data(self) -> None:
         self.w.fail_data()
+
+    @rule(landing=st.lists(st.integers(0, 60), max_size=8))
+    def die(self, landing: list[int]) -> None:
+        die(self.w, landing)
 
     def teardown(self) -> None:
         if self.world and self.world.sound:

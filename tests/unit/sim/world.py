@@ -9,8 +9,10 @@ any: what is too large goes round.
 from __future__ import annotations
 
 import errno
+import functools
 
 import numpy as np
+import pytest
 
 from blksnap_ublk import engine
 from blksnap_ublk.engine import ImageStatus
@@ -33,28 +35,13 @@ class World:
     def __init__(self, shape: Shape, *, prompt: bool = True) -> None:
         self.shape = shape
         self.prompt = prompt
-        self.sim = Simulator()
-        self.threads = [self.sim.add_thread(shape.pool) for _ in range(shape.threads)]
-        self.arena = engine.Arena()
-        if shape.map_memory:
-            self.add_map_memory()
-        self.stores = [Store(self.sim, shape.unit, areas) for areas in shape.storages]
-        self.disks = [Disk(self.sim, shape, self.threads, number) for number in range(shape.disks)]
-        self.disk_of_queue = {queue: disk for disk in self.disks for queue in disk.queues}
-        self.device_queues = list(self.disk_of_queue)
-        self.held: list[Held] = []
-        """In the order they were taken."""
-        self.gone: list[Held] = []
-        """Dropped and not yet freed."""
         self.serial = 0
-        self.ios: dict[int, SimIo] = {}
-        self.applied: set[int] = set()
         self.requests: dict[int, Request] = {}
-        self.readers: dict[int, Held] = {}
-        """Of requests of images: which one."""
-        self.scarcity: HeldMapMemory | None = None
         self.starved = not shape.map_memory
         """Whether map memory was ever short."""
+        self.begin()
+        self.disks = [Disk(self.sim, shape, self.threads, number) for number in range(shape.disks)]
+        self.know_queues()
         self.ns = 1
         self.now = 1
         self.sound = True
@@ -63,6 +50,31 @@ class World:
         self.store_errors: list[tuple[set[int], int]] = []
         self.read_errors: set[tuple[int, int]] = set()
         self.waited: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """What a process has for itself when it starts, but for the devices."""
+        self.sim = Simulator()
+        self.threads = [self.sim.add_thread(self.shape.pool) for _ in range(self.shape.threads)]
+        self.arena = engine.Arena()
+        if self.shape.map_memory:
+            self.add_map_memory()
+        self.stores = [Store(self.sim, self.shape.unit, areas) for areas in self.shape.storages]
+        self.held: list[Held] = []
+        """In the order they were taken."""
+        self.settling: list[Held] = []
+        """Dropped and not yet handed over."""
+        self.gone: list[Held] = []
+        """Dropped and not yet freed."""
+        self.ios: dict[int, SimIo] = {}
+        self.applied: set[int] = set()
+        self.readers: dict[int, Held] = {}
+        """Of requests of images: which one."""
+        self.scarcity: HeldMapMemory | None = None
+
+    def know_queues(self) -> None:
+        """After the queues of the devices were made."""
+        self.disk_of_queue = {queue: disk for disk in self.disks for queue in disk.queues}
+        self.device_queues = list(self.disk_of_queue)
 
     # ---- requests ----
 
@@ -114,8 +126,7 @@ class World:
         if number is None:
             self.sound = True
             return None
-        request.id = number
-        self.requests[number] = request
+        self._outstanding(request, number)
         if reader:
             self.readers[number] = reader
         else:
@@ -125,6 +136,21 @@ class World:
             disk.submitted(request)
         self.settle()
         return request
+
+    def begin_again(self, request: Request) -> None:
+        """The kernel hands a request that a dead process left behind to its successor."""
+        self._next()
+        number = self.sim.request(request.queue, request.op, request.flags, request.start, request.length, request.data)
+        assert number is not None, "a queue has fewer tags than before"
+        self._outstanding(request, number)
+        request.errors.clear()
+        request.parked = False
+        request.submitted_ns = self.ns
+        self.settle()
+
+    def _outstanding(self, request: Request, number: int) -> None:
+        request.id = number
+        self.requests[number] = request
 
     # ---- I/O ----
 
@@ -156,8 +182,14 @@ class World:
         del self.ios[at.id]
         self.applied.discard(at.id)
         doomed = would_break(self.chain_of_copy(at), range(at.unit, at.unit + at.units)) if result <= 0 else set()
+        store = self.store_of(at)
+        if store:
+            ended = store.places_of(at)
+            store.ending = range(ended.stop - at.units if not at.request else ended.start, ended.stop)
         self.sim.complete(at.id, result)
         started = self._started()
+        if store:
+            store.ending = range(0)
         if not any(new.again for new in started):
             self._io_ended(at, result, doomed)
         self.settle(origins=True)
@@ -167,7 +199,8 @@ class World:
         if io.request:
             return []
         disk = self.disk_of_queue[io.queue]
-        return [held for held in self.held if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)]
+        every = sorted(self.held + self.settling, key=lambda other: other.serial)
+        return [held for held in every if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)]
 
     def _io_ended(self, io: SimIo, result: int, doomed: set[int]) -> None:
         failed = result < 0 or (result == 0 and io.op in (Op.READ, Op.WRITE))
@@ -242,6 +275,7 @@ class World:
         self._next()
         bitmaps = []
         for disk in disks:
+            self.settle_switch(disk)
             disk.check_bitmap()
             self.serial += 1
             held = Held(self.sim, disk, self.stores[store % len(self.stores)], self.arena, self.serial)
@@ -256,24 +290,47 @@ class World:
         return True
 
     def drop(self, image: int) -> bool:
-        """The oldest image of a chain goes; whether it was possible."""
-        oldest = [held for held in self.held if self.chain(held)[0] is held]
-        if not oldest:
+        """An image goes, what older ones need of it is handed over by `portion`; whether it was possible."""
+        if not self.held:
             return False
-        held = oldest[image % len(oldest)]
+        held = self.held[image % len(self.held)]
         if not self.still(held.disk):
             return False
+        self.settle_switch(held.disk)
         self._next()
         held.disk.device.prepare_drop(held.image)
-        self.sim.switch([held.disk.device], [None])
+        self.sim.switch([held.disk.device], [None], settle=False)
         self.held.remove(held)
         self.gone.append(held)
+        self.settling.append(held)
         self.settle()
         return True
 
+    def portion(self, disk: int) -> None:
+        """A part of what follows the drop of an image."""
+        at = self.disks[disk % len(self.disks)]
+        going = next((held for held in self.settling if held.disk is at), None)
+        if going:
+            self._next()
+            if not self.sim.settle(at.device):
+                self.settling.remove(going)
+            self.settle()
+
+    def hand_over(self) -> None:
+        """All of what follows drops."""
+        while self.settling:
+            self.portion(self.settling[0].disk.number)
+
+    def settle_switch(self, disk: Disk) -> None:
+        """All of it."""
+        while self.sim.settle(disk.device):
+            pass
+        self.settling = [held for held in self.settling if held.disk is not disk]
+
     def chain(self, held: Held) -> list[Held]:
-        """The images of its disk and storage, oldest first."""
-        return [other for other in self.held if other.disk is held.disk and other.store is held.store]
+        """The images of its disk and storage, oldest first; also one that is being handed over."""
+        every = sorted(self.held + self.settling, key=lambda other: other.serial)
+        return [other for other in every if other.disk is held.disk and other.store is held.store]
 
     def replay(self, disk: int, most: int) -> bool:
         """A trim that was swallowed is sent; whether there was one and it was possible."""
@@ -351,7 +408,7 @@ class World:
             assert not io.request or not self.requests[io.request].parked, "a change passes the closed gate"
             store = None if io.request else self.store_of(io)
             if store:
-                store.write_began(io)
+                store.write_began(io, functools.partial(self.refers, store))
         return started
 
     def settle(self, *, origins: bool = False) -> None:
@@ -432,14 +489,27 @@ class World:
             or any(held.serial in doomed and error == reason for doomed, reason in self.store_errors)
         )
 
+    def refers(self, store: Store, place: int) -> bool:
+        """Whether a map has this place."""
+        return any(
+            place + 1 in (self.sim.slot(held.image, unit), self.sim.written_slot(held.image, unit))
+            for held in self.held + self.gone
+            if held.store is store
+            for unit in range(held.disk.shape.units)
+        )
+
     def _free_gone(self) -> None:
         """Images that were dropped are freed when nothing refers to them any more."""
         for held in list(self.gone):
             if any(reader is held for reader in self.readers.values()):
+                with pytest.raises(OSError, match="closing an image"):
+                    held.image.close()
                 continue
             if held.queue is not None:
                 self.sim.del_queue(held.queue)
                 held.queue = None
+            if held in self.settling:
+                continue
             if held.image.idle:
                 held.image.close()
                 self.gone.remove(held)

@@ -73,24 +73,24 @@ def test_lengths_are_those_of_the_core(size: int, unit: int) -> None:
     assert length % 4096 == 0
     assert length >= Image.state_bytes(size, unit)
     assert state_files.storage_state_bytes() >= engine.STORAGE_STATE_BYTES
-    with Storage(bytearray(4096), unit=unit) as storage:
+    with Storage(bytearray(engine.STORAGE_STATE_BYTES), unit=unit) as storage:
         assert state_files.records_bytes(size, unit) >= storage.records_bytes(size)
 
 
 def test_the_head_of_a_storage_is_read(state: StateFiles) -> None:
     descriptor = state.create("storage", state_files.storage_state_bytes())
     assert state.storage_state("storage") is None
-    os.pwrite(descriptor, struct.pack("<IIIIQQI", 0x53555342, 1, 4096, 2, 7, 100, 0), 0)
+    os.pwrite(descriptor, struct.pack("<IIIIQQQI20xII", 0x53555342, 2, 4096, 2, 50, 100, 7, 0, 3, 4), 0)
     os.close(descriptor)
     found = state.storage_state("storage")
     assert found is not None
-    assert (found.used, found.capacity) == (7, 100)
+    assert (found.used, found.capacity, found.areas) == (7, 100, (3, 4))
     assert state.storage_state("none") is None
 
 
 def test_more_places_given_out_than_there_are_count_as_all(state: StateFiles) -> None:
     descriptor = state.create("storage", state_files.storage_state_bytes())
-    os.pwrite(descriptor, struct.pack("<IIIIQQI", 0x53555342, 1, 4096, 2, 105, 100, 1), 0)
+    os.pwrite(descriptor, struct.pack("<IIIIQQQI", 0x53555342, 2, 4096, 2, 100, 100, 105, 1), 0)
     os.close(descriptor)
     found = state.storage_state("storage")
     assert found is not None
@@ -103,8 +103,8 @@ def test_more_places_given_out_than_there_are_count_as_all(state: StateFiles) ->
 def test_the_head_of_an_image_is_read(state: StateFiles, status: int, meaning: ImageStatus) -> None:
     descriptor = state.create("image", state_files.image_state_bytes(GIB, 4096))
     assert state.image_state("image") is None
-    os.pwrite(descriptor, struct.pack("<IIQIIIiQQ", 0x49555342, 1, GIB, 4096, 3, status, 28, 9, 4), 0)
+    os.pwrite(descriptor, struct.pack("<IIQIIIiQQQ", 0x49555342, 2, GIB, 4096, 3, status, 28, 9, 4, 2), 0)
     os.close(descriptor)
     found = state.image_state("image")
     assert found is not None
-    assert (found.status, found.error, found.preserved) == (meaning, 28, 9 * 4096)
+    assert (found.status, found.error, found.preserved, found.written) == (meaning, 28, 9 * 4096, 2 * 4096)
