@@ -11,6 +11,8 @@ from pathlib import Path
 
 from blksnap_ublk.forms import Finding, FindingState
 from blksnap_ublk.host.kernel import OLDEST, ZERO_COPY, KernelVersion, traps_of
+from blksnap_ublk.host.udev import Udev
+from blksnap_ublk.install import lvm_filter, udev_rules
 
 OK, WARN, FAIL = FindingState.OK, FindingState.WARN, FindingState.FAIL
 
@@ -19,16 +21,21 @@ _ZERO_COPY_SET = 1 << 0 | 1 << 11  # SUPPORT_ZERO_COPY, AUTO_BUF_REG
 _RECOVERY = 1 << 3 | 1 << 4  # USER_RECOVERY, USER_RECOVERY_REISSUE
 _CAPABILITIES = {"CAP_IPC_LOCK": 14, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24}
 _MEMORY_WANTED = 256 << 20
-_RULES = ("etc/udev/rules.d", "run/udev/rules.d", "usr/lib/udev/rules.d", "lib/udev/rules.d")
 
 
 def examine(
-    features: int | None, left_over: Sequence[str] = (), *, root: Path = Path("/"), release: str | None = None
+    features: int | None,
+    left_over: Sequence[str] = (),
+    *,
+    root: Path = Path("/"),
+    release: str | None = None,
+    runtime: Path = Path(udev_rules.DEFAULT_RUNTIME),
 ) -> list[Finding]:
     """All findings, the most basic first.
 
     `features` is the answer of GET_FEATURES, None where it could not be asked; `left_over` names ublk devices of ours
-    that nobody serves. `root` is where `/proc`, `/dev` … are looked for, `release` stands for `uname -r`.
+    that nobody serves. `root` is where `/proc`, `/dev` … are looked for, `release` stands for `uname -r`; `runtime` is
+    the runtime directory of the daemon.
     """
     release = os.uname().release if release is None else release
     return [
@@ -40,7 +47,7 @@ def examine(
         io_uring_finding(root),
         memory_finding(root),
         left_over_finding(left_over),
-        udev_finding(root),
+        udev_finding(root, runtime),
         lvm_finding(root),
     ]
 
@@ -141,41 +148,43 @@ def memory_finding(root: Path) -> Finding:
 def left_over_finding(left_over: Sequence[str]) -> Finding:
     """Devices of ours without a server."""
     if left_over:
-        advice = "start the daemon to take them over (`blksnap-ublk serve`), or detach them"
+        advice = "blksnap-ublk doctor --fix deletes those without a disk; detach --force the others"
         return _finding("left-over", WARN, f"not served: {', '.join(left_over)}", advice)
     return _finding("left-over", OK, "no device is left without a server", None)
 
 
-def udev_finding(root: Path) -> Finding:
-    """Whether udev runs, and whether its rules know ublk devices."""
+def udev_finding(root: Path, runtime: Path) -> Finding:
+    """Whether udev runs, and whether it has our rules."""
     if not (root / "run/udev/control").exists():
-        return _finding("udev", OK, "does not run: /dev/disk has no links", None)
-    for directory in _RULES:
-        text = _read(root / directory / "60-persistent-storage.rules")
-        if text is not None and "ublk" not in text:
-            return _finding(
-                "udev", WARN, "its rules give ublk devices no links in /dev/disk (systemd before 257)",
-                "mount by the path /dev/ublkbN: /dev/disk/by-uuid leads to the origin",
-            )  # fmt: skip
-        if text is not None:
-            break
-    return _finding("udev", OK, "runs, and its rules know ublk devices", None)
+        return _finding("udev", OK, "does not run: there are only the links in /dev/blksnap", None)
+    advice = "blksnap-ublk install udev, or blksnap-ublk doctor --fix"
+    rules = Udev(root).rules(udev_rules.RULES_NAME)
+    if rules is None:
+        text = "does not know our devices: links in /dev/disk lead to origins, or to images"
+        return _finding("udev", WARN, text, advice)
+    if rules != udev_rules.rules_text(runtime):
+        text = f"its rules for our devices are those of another version, or of a daemon in another place than {runtime}"
+        return _finding("udev", WARN, text, advice)
+    return _finding("udev", OK, "runs, and knows our devices", None)
 
 
 def lvm_finding(root: Path) -> Finding:
     """Whether LVM would meet the same physical volume on origin, filtered device and image."""
-    configuration = _read(root / "etc/lvm/lvm.conf")
-    if configuration is None or not any((root / place / "lvm").exists() for place in ("sbin", "usr/sbin")):
+    if not lvm_filter.lvm_installed(root):
         return _finding("lvm", OK, "is not installed", None)
-    active = "\n".join(line for line in configuration.splitlines() if not line.lstrip().startswith("#"))
-    if re.search(r"^\s*(global_)?filter\s*=.*ublk", active, re.MULTILINE):
-        return _finding("lvm", OK, "its filter names ublk devices", None)
-    if re.search(r"^\s*use_devicesfile\s*=\s*1", active, re.MULTILINE):
-        return _finding("lvm", OK, "uses only the devices that its devices file lists", None)
-    return _finding(
-        "lvm", WARN, "scans images too, and finds the physical volumes on them twice",
-        'in /etc/lvm/lvm.conf: global_filter = [ "r|^/dev/ublkb|" ], after an "a|…|" for each filtered device',
-    )  # fmt: skip
+    settings = lvm_filter.lvm_settings(root)
+    if settings.uses_devices_file:
+        text = "uses only the devices that its devices file lists"
+        advice = "for a volume group on a filtered device: lvmdevices --adddev /dev/blksnap/NAME, --deldev its origin"
+        return _finding("lvm", OK, text, advice)
+    if settings.filters_ours:
+        return _finding("lvm", OK, "its filter leaves out origins and images", None)
+    text = "would find the same physical volumes on origins, filtered devices and images"
+    if settings.filter_file is not None:
+        advice = f'in {settings.filter_file}: put "{lvm_filter.PATTERN}" first in global_filter'
+    else:
+        advice = "blksnap-ublk install lvm, or blksnap-ublk doctor --fix"
+    return _finding("lvm", WARN, text, advice)
 
 
 def _finding(name: str, state: FindingState, text: str, advice: str | None) -> Finding:

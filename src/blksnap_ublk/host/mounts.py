@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from blksnap_ublk.host.syscalls import file_status
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _BTRFS = Path("/sys/fs/btrfs")
+_DRIVERS = [Path("/sys/fs") / name for name in ("ext4", "xfs", "f2fs")]
+_BTRFS_IOC_FS_INFO = 0x8400941F
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,16 @@ class Mount:
     super_options: str
     read_only: bool
     pid: int | None
+
+    @property
+    def file_system_read_only(self) -> bool:
+        """The file system itself, through every mount of it."""
+        return "ro" in self.super_options.split(",")
+
+    @property
+    def path(self) -> str:
+        """The mount point as this process can open it."""
+        return f"/proc/{self.pid}/root{self.point}" if self.pid else self.point
 
     def __str__(self) -> str:
         return f"mount {self.point}" + (f" (in the mount namespace of process {self.pid})" if self.pid else "")
@@ -97,7 +111,7 @@ def devices_of(mount: Mount) -> frozenset[DeviceNumber]:
     if mount.device.major:
         return frozenset({mount.device})
     if mount.filesystem == "btrfs":
-        return _btrfs_devices(mount.source)
+        return _btrfs_devices(mount)
     if mount.filesystem == "overlay":
         return frozenset(_overlay_devices(mount))
     return frozenset(_block_nodes(mount.source.split(":")))  # bcachefs names all members, with colons
@@ -106,6 +120,20 @@ def devices_of(mount: Mount) -> frozenset[DeviceNumber]:
 def mounts_directly_on(numbers: frozenset[DeviceNumber]) -> list[Mount]:
     """The mounts, of all namespaces, whose file system lies on one of the given devices itself."""
     return [mount for mount in all_mounts() if mount.filesystem != "overlay" and devices_of(mount) & numbers]
+
+
+def carrying_devices() -> frozenset[DeviceNumber]:
+    """The block devices with a file system in use, as far as its driver says so in sysfs (ext4, xfs, f2fs).
+
+    Also where no mount of it is seen: unmounted lazily and still open, or in a mount namespace without a process.
+    """
+    found = set()
+    for driver in _DRIVERS:
+        for directory in driver.glob("*"):
+            number = sysfs.number_of(Path("/sys/class/block") / directory.name)
+            if number is not None:
+                found.add(number)
+    return frozenset(found)
 
 
 def _block_nodes(paths: list[str]) -> Iterator[DeviceNumber]:
@@ -118,13 +146,30 @@ def _block_nodes(paths: list[str]) -> Iterator[DeviceNumber]:
             yield DeviceNumber.of(status.st_rdev)
 
 
-def _btrfs_devices(source: str) -> frozenset[DeviceNumber]:
-    named = frozenset(_block_nodes([source]))
+def _btrfs_devices(mount: Mount) -> frozenset[DeviceNumber]:
+    named = frozenset(_block_nodes([mount.source]))
     for devices in _BTRFS.glob("*/devices"):
         members = frozenset(sysfs.numbers_in(devices))
         if members & named:
             return members
-    return named
+    if named:
+        return named
+    # The name is one of another namespace, or its node has gone: the file system itself is asked.
+    fsid = _btrfs_id(mount)
+    return frozenset(sysfs.numbers_in(_BTRFS / fsid / "devices")) if fsid else frozenset()
+
+
+def _btrfs_id(mount: Mount) -> str | None:
+    information = bytearray(1024)  # highest device id, number of devices, then the id of the file system
+    try:
+        descriptor = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(descriptor, _BTRFS_IOC_FS_INFO, information)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+    return str(uuid.UUID(bytes=bytes(information[16:32])))
 
 
 def _overlay_devices(mount: Mount) -> Iterator[DeviceNumber]:

@@ -8,14 +8,20 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
+from blksnap_ublk.errors import NotFound
 from blksnap_ublk.host import blockdev, mounts, sysfs
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.host.syscalls import file_status
 
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64 = struct.Struct("=QQQQQ")  # device, inode, rdevice, offset, sizelimit, of 232 bytes
+
+Beneath = Mapping[DeviceNumber, Collection[DeviceNumber]]
+"""For each block device the devices directly beneath it."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,28 @@ def leaves(number: DeviceNumber) -> frozenset[DeviceNumber]:
     return frozenset(device for device in everything if not directly_beneath(device) & everything)
 
 
+def beneath_each() -> dict[DeviceNumber, frozenset[DeviceNumber]]:
+    """For every block device of this host, those directly beneath it."""
+    found = {}
+    for number in sysfs.all_numbers():
+        with suppress(NotFound):  # it has just gone
+            found[number] = directly_beneath(number)
+    return found
+
+
+def all_beneath(numbers: Iterable[DeviceNumber], beneath: Beneath) -> frozenset[DeviceNumber]:
+    """What is a step or more below any of `numbers`; one of them itself only if it rests on another of them."""
+    return _reached(numbers, lambda number: beneath.get(number, ()))
+
+
+def all_above(numbers: Iterable[DeviceNumber], beneath: Beneath) -> frozenset[DeviceNumber]:
+    """What is a step or more above any of `numbers`; one of them itself only if it rests on another of them."""
+    return _reached(numbers, lambda number: [device for device, below in beneath.items() if number in below])
+
+
 def devices_above(number: DeviceNumber) -> frozenset[DeviceNumber]:
     """Every device that rests on one, at all levels: its partitions, dm, md, loop devices on its files."""
-    return frozenset(device for device in sysfs.all_numbers() if device != number and _rests_on(device, number))
+    return all_above([number], beneath_each()) - {number}
 
 
 def mounts_above(number: DeviceNumber) -> list[mounts.Mount]:
@@ -111,8 +136,16 @@ def mounts_above(number: DeviceNumber) -> list[mounts.Mount]:
     return [mount for mount in mounts.all_mounts() if mounts.devices_of(mount) & wanted]
 
 
-def _rests_on(device: DeviceNumber, number: DeviceNumber) -> bool:
-    return (sysfs.BLOCK_DEVICES / str(device)).exists() and number in underlying_devices(device)
+def _reached(
+    numbers: Iterable[DeviceNumber], step: Callable[[DeviceNumber], Iterable[DeviceNumber]]
+) -> frozenset[DeviceNumber]:
+    found: set[DeviceNumber] = set()
+    waiting = list(numbers)
+    while waiting:
+        reached = set(step(waiting.pop())) - found
+        found |= reached
+        waiting += reached
+    return frozenset(found)
 
 
 def _backing_by_path(path: str) -> LoopBacking | None:

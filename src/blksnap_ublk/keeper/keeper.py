@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -225,6 +225,8 @@ class Keeper:
         try:
             self._holdings.close()
             RingLocks(self._paths.state).remove_free()
+            with suppress(FileNotFoundError):
+                self._paths.roles.rmdir()
             if self._mount:
                 self._mount.remove()
             else:

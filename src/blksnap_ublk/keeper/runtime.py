@@ -23,6 +23,7 @@ class RuntimePaths:
         self.io_socket = self.root / "io.sock"
         self.varlink_socket = self.root / "io.blksnap.Ublk"
         self.state = self.root / "state"
+        self.roles = self.root / "udev"
 
     @classmethod
     def from_environment(cls) -> "RuntimePaths":

@@ -31,7 +31,10 @@ DEFAULT_UNIT = 4 << 10
 TRACKING_BLOCKS = (4 << 10, 64 << 20)
 UNITS = (512, 1 << 20)
 
+_PASSING = ("systemd-udevd", "(udev-worker)")  # open devices for a moment, to read
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+-]{0,63}")
+# Directories below /dev/blksnap: that of the origins, and one for each snapshot.
+_TAKEN_NAME = re.compile(r"origins|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class AttachOptions:
     def __post_init__(self) -> None:
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise UsageError("a name has up to 64 letters, digits, and _ . : + -", subject=f"--name {self.name!r}")
+        if self.name is not None and _TAKEN_NAME.fullmatch(self.name):
+            raise UsageError("is the name of a directory in /dev/blksnap", subject=f"--name {self.name}")
         _within("--queues", self.queues, 1, MAX_QUEUES)
         _within("--depth", self.depth, 1, MAX_DEPTH)
         _power("--tracking-block", self.tracking_block, *TRACKING_BLOCKS)
@@ -64,6 +69,7 @@ def attach(context: Context, path: str, options: AttachOptions) -> tuple[DeviceE
     with context.locks.holding([key]), ExitStack() as undo:
         entry = _reserve(context, key, origin, options, undo)
         descriptor = claim.open_exclusive(origin.path)
+        undo.callback(quietly, context.disks.links.origin_released, origin.number)
         try:
             undo.callback(quietly, context.keeper.drop, f"origin:{key}")
             context.keeper.put(f"origin:{key}", descriptor)
@@ -148,7 +154,7 @@ def _other_openers(origin: BlockDevice) -> list[str]:
         f"{opener} has {opener.node} open; what it writes there passes the filter by: end it, or let it use the "
         "filtered device"
         for opener in found
-        if opener.command != "systemd-udevd"
+        if opener.command not in _PASSING
     ]
 
 
@@ -206,11 +212,13 @@ def _serve(
     undo.callback(quietly, context.disks.delete, served.ublk_id)
     entry = msgspec.structs.replace(entry, served=served)
     context.catalogue.put_device(entry)
+    context.disks.links.filtered(entry)
     open_at_io(context, entry, descriptor)
     undo.callback(quietly, context.io.end, messages.CloseDevice(entry.key))
     context.io.call(serve_message(entry.key, served))
     undo.callback(quietly, context.disks.stop, served.ublk_id)
     context.disks.start(served.ublk_id, context.io.pid)
+    context.disks.links.origin_taken(origin.number)
     return entry
 
 

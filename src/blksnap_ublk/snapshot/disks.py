@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from blksnap_ublk.errors import Busy, Failed, from_os_error
 from blksnap_ublk.host.blockdev import BlockDevice
-from blksnap_ublk.snapshot.catalogue import Served
-from blksnap_ublk.ublk import control_plane, helper, holding
+from blksnap_ublk.snapshot.catalogue import Catalogue, Phase, Served
+from blksnap_ublk.snapshot.links import Links
+from blksnap_ublk.snapshot.role import Role
+from blksnap_ublk.ublk import control_plane, helper, holding, partitions
 from blksnap_ublk.ublk.control import Control
 from blksnap_ublk.ublk.device_info import DESC_SIZE, DeviceInfo, DeviceState
+from blksnap_ublk.ublk.features import Features
 from blksnap_ublk.ublk.limits import needs_copy, params_of_block_device
 from blksnap_ublk.ublk.negotiation import DataPath, Wish, settle
 
@@ -27,31 +32,53 @@ IMAGE_DEPTH = 64
 _NODE_LIMIT = 10.0  # seconds for udev or devtmpfs to make a node
 _RECOVERY_LIMIT = 60.0  # seconds for the queues of another io process to be taken into use
 _STOP_LIMIT = 60.0  # seconds for the requests in flight
+_PARTITIONS_LIMIT = 10.0  # seconds for the partition table to be read
+_log = logging.getLogger(__name__)
 
 
 class Disks:
-    """Adds, starts, stops and deletes the ublk devices of one daemon."""
+    """Adds, starts, stops and deletes the ublk devices of one daemon.
+
+    `links` must be told of a device (`links.filtered`, `links.image`) before it is started; what follows from that is
+    done here.
+    """
 
     def __init__(self, control: Control, runtime: Path) -> None:
         """`runtime` is the runtime directory: devices of a daemon with another one are left alone."""
         self._control = control
         self._tag = _TAG | zlib.crc32(bytes(runtime.absolute()))
+        self._without_partitions: set[int] = set()
+        self.links = Links(runtime)
 
     def add_filtered(self, origin: BlockDevice, queues: int, depth: int) -> Served:
         """Adds the ublk device of a filtered device. Raises OSError, and leaves nothing then."""
-        return self._add(origin, Wish(), queues, depth, read_only=False)
+        return self._add(origin, queues, depth, discards=True)
 
-    def add_image(self, origin: BlockDevice) -> Served:
-        """Adds the ublk device of an image of `origin`: read-only, one queue, if possible without a partition scan."""
-        return self._add(origin, Wish(part_scan=False), 1, IMAGE_DEPTH, read_only=True)
+    def add_image(self, origin: BlockDevice, *, partitions: bool = False) -> Served:
+        """Adds the ublk device of an image of `origin`: writable, one queue; the kernel shows its `partitions` or not.
+
+        Raises OSError, and leaves nothing then.
+        """
+        served = self._add(origin, 1, IMAGE_DEPTH, discards=False)
+        if not partitions:
+            self._without_partitions.add(served.ublk_id)
+        return served
 
     def start(self, ublk_id: int, pid: int) -> None:
-        """Makes the disk of a device whose queues process `pid` has armed; its node is there then. Raises OSError."""
+        """Makes the disk of a device whose queues process `pid` has armed; its nodes and links are there then.
+
+        Raises OSError, Failed.
+        """
         control_plane.start_device(self._control, ublk_id, pid)
         wait_for_node(f"/dev/ublkb{ublk_id}")
+        try:
+            self._show_partitions(ublk_id)
+        except OSError as error:
+            _log.warning("/dev/ublkb%d: its partitions: %s", ublk_id, error)
+        self.links.appear(ublk_id)
 
     def stop(self, ublk_id: int) -> None:
-        """Removes the disk, in use or not, without writing back: for images, which are read-only, and to undo a start.
+        """Removes the disk, in use or not, without writing back: for images, which go with it, and to undo a start.
 
         Its users get errors. Nothing happens where there is none. Raises OSError.
         """
@@ -66,6 +93,9 @@ class Disks:
 
         With `in_use` it does not wait for those who still have the disk open: the device goes when they close it.
         """
+        # While the id is still ours: another device may get it next.
+        self.links.remove(ublk_id)
+        self._without_partitions.discard(ublk_id)
         if in_use:
             control_plane.discard_unstarted(self._control, ublk_id)
         else:
@@ -103,18 +133,62 @@ class Disks:
         """All ublk devices of ours that exist, those of interrupted attempts included. Raises OSError."""
         return [info for info in self._control.devices() if self._is_ours(info)]
 
+    def delete_dead(self, catalogue: Catalogue) -> list[str]:
+        """Deletes devices of ours that have no disk and that no entry of the catalogue names; their paths.
+
+        Not while something is being made. Raises OSError.
+        """
+        found = [info for info in self.ours() if info.state is DeviceState.DEAD]
+        phases = {entry.phase for entry in catalogue.devices()} | {entry.phase for entry in catalogue.snapshots()}
+        if Phase.CREATING in phases:
+            return []
+        known = _disk_names(catalogue)
+        gone = [info for info in found if f"ublkb{info.id}" not in known]
+        for info in gone:
+            self.delete(info.id, in_use=True)
+        return [info.block_path for info in gone]
+
+    def sweep_links(self, catalogue: Catalogue) -> None:
+        """Makes the role files and links agree with the catalogue: after a death of the daemon. Raises OSError."""
+        # What exists is looked up before what is known: what an attach makes meanwhile is known by then.
+        there = self.links.known()
+        devices, snapshots = catalogue.devices(), catalogue.snapshots()
+        names = {device.key: device.name for device in devices}
+        known = _disk_names(catalogue) | {f"{d.number[0]}:{d.number[1]}" for d in devices}
+        wanted: dict[str, Role] = {}
+        for device in devices:
+            if device.phase is Phase.ACTIVE and device.served is not None and self.state_of(device.served) is not None:
+                wanted[f"ublkb{device.served.ublk_id}"] = Role.of_filtered(device.name, device.origin)
+                wanted[f"{device.number[0]}:{device.number[1]}"] = Role.of_origin(device.name, device.origin)
+        for snapshot in snapshots:
+            for image in snapshot.images if snapshot.phase is Phase.ACTIVE else ():
+                if image.served is not None and image.device in names and self.state_of(image.served) is not None:
+                    role = Role.of_image(snapshot.id, names[image.device], image.origin)
+                    wanted[f"ublkb{image.served.ublk_id}"] = role
+        self.links.sweep(there - known, wanted)
+
+    def _show_partitions(self, ublk_id: int) -> None:
+        """Where the kernel looks for partitions by itself it has done so by now."""
+        wanted = ublk_id not in self._without_partitions
+        self._without_partitions.discard(ublk_id)
+        asked = Features.NO_AUTO_PART_SCAN in self._control.info(ublk_id).flags
+        if wanted and asked:
+            helper.look_for_partitions(ublk_id, timeout=_PARTITIONS_LIMIT)
+        elif not wanted and not asked and partitions.shown(ublk_id):
+            helper.hide_partitions(ublk_id, timeout=_PARTITIONS_LIMIT)
+
     def _is_ours(self, info: DeviceInfo) -> bool:
         return info.server_flags & ~_MARK == self._tag
 
-    def _add(self, origin: BlockDevice, wish: Wish, queues: int, depth: int, *, read_only: bool) -> Served:
+    def _add(self, origin: BlockDevice, queues: int, depth: int, *, discards: bool) -> Served:
+        # The kernel's own look for partitions comes some time after the start: it is asked to look when that is over.
+        wish = Wish(part_scan=False)
         flags = self._tag | secrets.randbits(_MARK_BITS) << _MARK_SHIFT
         added = control_plane.create_device(self._control, wish, queues=queues, depth=depth, server_flags=flags)
         try:
             data_path = settle(wish, added.flags, target_needs_copy=needs_copy(origin.limits))
-            params = params_of_block_device(
-                origin.limits, origin.size, data_path=data_path, max_io=added.max_io_bytes, read_only=read_only
-            )
-            self._control.set_params(added.id, params)
+            params = params_of_block_device(origin.limits, origin.size, data_path=data_path, max_io=added.max_io_bytes)
+            self._control.set_params(added.id, params if discards else replace(params, discard=None))
         except BaseException:
             control_plane.discard_unstarted(self._control, added.id)
             raise
@@ -170,3 +244,10 @@ def _served(info: DeviceInfo, *, zero_copy: bool) -> Served:
         zero_copy=zero_copy,
         mark=_mark_of(info),
     )
+
+
+def _disk_names(catalogue: Catalogue) -> set[str]:
+    """The names of the disks of all ublk devices in the catalogue."""
+    found = [device.served for device in catalogue.devices()]
+    found += [image.served for snapshot in catalogue.snapshots() for image in snapshot.images]
+    return {f"ublkb{served.ublk_id}" for served in found if served is not None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Control commands that wait for the disk of a device, sent by a short-lived process (`helper_process`).
+"""What waits for the disk of a device, done by a short-lived process (`helper_process`).
 
 A server that waits in the kernel for its own device cannot be reaped when it is killed: the wait never ends because the
 server is gone, and the server cannot go because it waits. The same wait in another process is harmless.
@@ -31,6 +31,16 @@ def end_recovery(device_id: int, pid: int, *, timeout: float) -> None:
 def quiesce(device_id: int, *, timeout: float) -> None:
     """QUIESCE_DEV in a helper. Raises OSError as `Control.quiesce`."""
     _run(["quiesce", str(device_id), str(timeout)], timeout)
+
+
+def look_for_partitions(device_id: int, *, timeout: float) -> None:
+    """`partitions.look` in a helper. Raises OSError as it does, TimeoutError."""
+    _run(["look-for-partitions", str(device_id)], timeout)
+
+
+def hide_partitions(device_id: int, *, timeout: float) -> None:
+    """`partitions.hide` in a helper. Raises OSError as it does, TimeoutError."""
+    _run(["hide-partitions", str(device_id)], timeout)
 
 
 def stop(device_id: int, *, force: bool, timeout: float) -> None:

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from blksnap_ublk.forms import FindingState
-from blksnap_ublk.host import doctor
+from blksnap_ublk.host import doctor, repair
 from blksnap_ublk.host.kernel import KernelVersion, traps_of
 
+RULES = "etc/udev/rules.d/63-storage-blksnap-ublk.rules"
 OK, WARN, FAIL = FindingState.OK, FindingState.WARN, FindingState.FAIL
 COPY = 1 << 7 | 1 << 3 | 1 << 4
 
@@ -108,23 +109,46 @@ def test_left_over_devices_are_named() -> None:
 
 
 def test_udev(tmp_path: Path) -> None:
-    assert "does not run" in doctor.udev_finding(tmp_path).text
+    runtime = Path("/run/somewhere")
+    assert "does not run" in doctor.udev_finding(tmp_path, runtime).text
     _put(tmp_path, "run/udev/control")
-    _put(tmp_path, "usr/lib/udev/rules.d/60-persistent-storage.rules", 'KERNEL!="sd*", GOTO="end"')
-    assert doctor.udev_finding(tmp_path).state is WARN
-    _put(tmp_path, "etc/udev/rules.d/60-persistent-storage.rules", 'KERNEL!="sd*|ublkb*", GOTO="end"')
-    assert doctor.udev_finding(tmp_path).state is OK
+    finding = doctor.udev_finding(tmp_path, runtime)
+    assert finding.state is WARN
+    assert repair.fix([finding], root=tmp_path, runtime=runtime) == [f"udev: wrote {tmp_path}/{RULES}"]
+    assert doctor.udev_finding(tmp_path, runtime).state is OK
+    assert doctor.udev_finding(tmp_path, Path("/run/elsewhere")).state is WARN
 
 
 def test_lvm(tmp_path: Path) -> None:
     assert doctor.lvm_finding(tmp_path).state is OK
     _put(tmp_path, "usr/sbin/lvm")
-    _put(tmp_path, "etc/lvm/lvm.conf", '# filter = [ "r|ublk|" ]\n')
-    assert doctor.lvm_finding(tmp_path).state is WARN
-    _put(tmp_path, "etc/lvm/lvm.conf", '\tglobal_filter = [ "r|^/dev/ublkb|" ]\n')
+    _put(tmp_path, "etc/lvm/lvm.conf", '# global_filter = [ "r|/dev/blksnap/|" ]\n')
+    finding = doctor.lvm_finding(tmp_path)
+    assert finding.state is WARN
+    assert repair.fix([finding], root=tmp_path) == [f"lvm: wrote {tmp_path}/etc/lvm/lvmlocal.conf"]
     assert doctor.lvm_finding(tmp_path).state is OK
-    _put(tmp_path, "etc/lvm/lvm.conf", "use_devicesfile = 1\n")
+
+
+def test_lvm_with_a_filter_of_the_administrator(tmp_path: Path) -> None:
+    _put(tmp_path, "usr/sbin/lvm")
+    _put(tmp_path, "etc/lvm/lvm.conf", 'devices {\n\tglobal_filter = [ "a|/dev/sd|" ]\n}\n')
+    finding = doctor.lvm_finding(tmp_path)
+    assert "put" in (finding.advice or "")
+    (said,) = repair.fix([finding], root=tmp_path)
+    assert said.startswith("lvm: not done")
+    assert not (tmp_path / "etc/lvm/lvmlocal.conf").exists()
+
+
+def test_lvm_with_a_devices_file(tmp_path: Path) -> None:
+    _put(tmp_path, "usr/sbin/lvm")
+    _put(tmp_path, "etc/lvm/lvm.conf", "devices {\n\tuse_devicesfile = 1\n}\n")
     assert doctor.lvm_finding(tmp_path).state is OK
+
+
+def test_left_over_devices_are_deleted_only_when_there_are_some() -> None:
+    none, some = doctor.left_over_finding([]), doctor.left_over_finding(["/dev/ublkb3"])
+    assert repair.fix([none], delete_dead=lambda: ["/dev/ublkb4"]) == []
+    assert repair.fix([some], delete_dead=lambda: ["/dev/ublkb3"]) == ["left-over: deleted /dev/ublkb3"]
 
 
 def test_this_host_can_be_examined_and_sent_as_json() -> None:
