@@ -35,7 +35,7 @@ STEPS: list[tuple[Any, list[str]]] = [
     (storages, ["open_storage", "write_ahead", "hold", "release"]),
     (disks, ["write_back_and_stop"]),
     (disks.Disks, ["add_filtered", "add_image", "start", "stop", "delete"]),
-    (Catalogue, ["put_device", "put_snapshot", "remove_device", "remove_snapshot"]),
+    (Catalogue, ["put_device", "put_snapshot", "put_storage", "remove_device", "remove_snapshot", "remove_storage"]),
     (KeeperClient, ["put", "drop"]),
     (StateFiles, ["create", "remove"]),
     (History, ["create", "prepare", "commit", "destroy", "fold", "remove"]),

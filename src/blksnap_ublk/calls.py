@@ -30,7 +30,7 @@ class Detach(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
 
 class CreateSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Parameters of CreateSnapshot. `limit` in bytes."""
+    """Parameters of CreateSnapshot. `limit` in bytes, `ttl` in seconds."""
 
     devices: list[str]
     storage: list[str] | None = None
@@ -38,12 +38,22 @@ class CreateSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     limit: int | None = None
     on_overflow: str | None = None
     freeze: Freeze | None = None
+    partitions: bool | None = None
+    ttl: float | None = None
+    while_pid: int | None = None
 
 
 class OneSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Parameters of ShowSnapshot and CheckSnapshot."""
 
     snapshot: str
+
+
+class RenewSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Parameters of RenewSnapshot; `ttl` in seconds, null: as before."""
+
+    snapshot: str
+    ttl: float | None = None
 
 
 class DestroySnapshots(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -53,7 +53,10 @@ class FindingState(StrEnum):
 
 
 class Device(Struct, kw_only=True, frozen=True):
-    """A filtered device. `id` is the N of `/dev/ublkbN`; `change_number` that of the last snapshot taken, 0 before."""
+    """A filtered device. `id` is the N of `/dev/ublkbN`; `change_number` that of the last snapshot taken, 0 before.
+
+    `link` is a symlink to it in `/dev/blksnap` that keeps its name, null where there is none.
+    """
 
     device: str
     name: str
@@ -69,6 +72,7 @@ class Device(Struct, kw_only=True, frozen=True):
     tracking_block: int
     unit: int
     snapshots: list[str]
+    link: str | None = None
 
 
 class Area(Struct, kw_only=True, frozen=True):
@@ -81,7 +85,10 @@ class Area(Struct, kw_only=True, frozen=True):
 
 
 class Storage(Struct, kw_only=True, frozen=True):
-    """Difference storage. `forecast_seconds`: until it is full at the present rate, null when nothing is preserved."""
+    """Difference storage. `forecast_seconds`: until it is full at the present rate, null when nothing is preserved.
+
+    `snapshots` are the ids of all the snapshots that share it.
+    """
 
     used: int
     capacity: int
@@ -89,10 +96,11 @@ class Storage(Struct, kw_only=True, frozen=True):
     on_overflow: str
     areas: list[Area]
     forecast_seconds: float | None
+    snapshots: list[str] = []
 
 
 class Image(Struct, kw_only=True, frozen=True):
-    """One member of a snapshot as it was; `cursor` is what a backup remembers."""
+    """One member of a snapshot as it was; `cursor` is what a backup remembers; `link` as of a device."""
 
     image: str
     device: str
@@ -103,10 +111,15 @@ class Image(Struct, kw_only=True, frozen=True):
     cursor: str
     state: SnapshotState
     preserved_bytes: int
+    link: str | None = None
 
 
 class Snapshot(Struct, kw_only=True, frozen=True):
-    """A snapshot. `error` says why it is broken; `gate_us` how long new writes were held, in microseconds."""
+    """A snapshot. `error` says why it is broken; `gate_us` how long new writes were held, in microseconds.
+
+    It ends by itself at `expires`, which is `ttl` seconds after it was taken or last renewed, and when the process
+    `while_pid` has ended; null: it does not. With `partitions` its images show their partitions.
+    """
 
     id: str
     created: str
@@ -116,6 +129,10 @@ class Snapshot(Struct, kw_only=True, frozen=True):
     gate_us: int
     images: list[Image]
     storage: Storage
+    expires: str | None = None
+    ttl: float | None = None
+    while_pid: int | None = None
+    partitions: bool = False
 
 
 class SnapshotCheck(Struct, kw_only=True, frozen=True):
@@ -241,6 +258,13 @@ class SnapshotList(Struct, kw_only=True, frozen=True):
 class Findings(Struct, kw_only=True, frozen=True):
     """Result of `doctor`."""
 
+    findings: list[Finding]
+
+
+class Repaired(Struct, kw_only=True, frozen=True):
+    """Result of `doctor --fix`: a line for each thing that was done or could not be, and what is found afterwards."""
+
+    fixed: list[str]
     findings: list[Finding]
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from blksnap_ublk.client import Client
 from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.keeper.client import KeeperClient
-from tests.direct_io import write_at
+from tests.direct_io import read_at, write_at
 from tests.loop_devices import loop_device, run
 from tests.own_daemon import OwnDaemon, own_daemon, ublk_nodes, wait_until
 
@@ -192,6 +192,53 @@ def create_and_destroy(daemon: OwnDaemon, step: int, storage: Path, mount: Path)
         assert not changes.all
         assert_marked(changes.ranges.tolist(), mount)
         client.destroy_snapshots([last])
+    return died
+
+
+@drawn
+@given(step=st.integers(1, 2 * MOST_STEPS))
+def test_sets_that_share_a_storage(daemon: OwnDaemon, folder: Path, step: int) -> None:
+    """A snapshot of two devices, another that joins its storage, and their ends; a third one stays and is right."""
+    storage = folder / "storage"
+    with loop_device(folder / "one", SIZE) as one, loop_device(folder / "two", SIZE) as two:
+        with daemon.client() as client:
+            paths = [client.attach(one, name="one").device, client.attach(two, name="two").device]
+        try:
+            each_step(step, lambda step: set_and_joined(daemon, step, storage, paths))
+        finally:
+            with daemon.client() as client:
+                for path in paths:
+                    client.detach(path, force=True)
+
+
+def set_and_joined(daemon: OwnDaemon, step: int, storage: Path, paths: list[str]) -> bool:
+    storage.write_bytes(bytes(STORAGE))
+    data = os.urandom(4096)
+    for path in paths:
+        write_at(path, 0, data)
+
+    def operation(client: Client) -> None:
+        both = client.create_snapshot(paths, storage=[str(storage)], limit=2 * STORAGE).id
+        joined = client.create_snapshot(paths[:1], storage=[f"@{both}"]).id
+        client.destroy_snapshots([both])
+        client.destroy_snapshots([joined])
+
+    with daemon.client() as client:
+        stays = client.create_snapshot(paths, storage=[str(storage.parent)], limit=4 * SIZE)
+        died = killed(daemon, step, operation)
+    for path in paths:
+        write_at(path, 0, os.urandom(4096))
+    with daemon.client() as client:
+        for snapshot in client.list_snapshots():
+            assert client.check_snapshot(snapshot.id).trusted
+            assert all(read_at(image.image, 0, 4096) == data for image in snapshot.images)
+        others = [snapshot.id for snapshot in client.list_snapshots() if snapshot.id != stays.id]
+        assert len(others) <= 2
+        client.destroy_snapshots(others)
+        assert storage.stat().st_size == STORAGE
+        assert [snapshot.id for snapshot in client.list_snapshots()] == [stays.id]
+        client.destroy_snapshots([stays.id])
+    expect_only(daemon, 2, 0)
     return died
 
 

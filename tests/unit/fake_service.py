@@ -15,6 +15,8 @@ from blksnap_ublk.daemon.service import ChangesAnswer
 from blksnap_ublk.errors import Busy, NotFound, Unsupported, Untrusted, UsageError
 
 SIZE = 1 << 30
+GONE = 4_000_000
+"""A pid of no process."""
 CREATED = forms.timestamp(1_769_860_800)
 
 
@@ -72,6 +74,7 @@ class FakeService:
             tracking_block=tracking_block or 65536,
             unit=unit or 4096,
             snapshots=[],
+            link=f"/dev/blksnap/{name or os.path.basename(device)}",
         )
         self.devices[attached.device] = attached
         self.tell("attached", device=attached.device)
@@ -97,8 +100,14 @@ class FakeService:
         limit: int | None,
         on_overflow: str,
         freeze: forms.Freeze,
+        partitions: bool,
+        ttl: float | None,
+        while_pid: int | None,
     ) -> forms.SnapshotCreated:
         self.requests.append(("create_snapshot", (list(storage), list(storage_files), limit, on_overflow, freeze)))
+        self.requests.append(("lifetime", (partitions, ttl, while_pid)))
+        if while_pid == GONE:
+            raise UsageError("no such process", subject=f"--while-pid {while_pid}")
         if on_overflow != "break":
             raise Unsupported(f"--on-overflow {on_overflow} is not available in this version")
         members = [self.find(device) for device in devices]
@@ -120,6 +129,7 @@ class FakeService:
                     cursor=f"{member.generation}:{number}",
                     state=forms.SnapshotState.ACTIVE,
                     preserved_bytes=4096,
+                    link=f"/dev/blksnap/{identity}/{member.name}",
                 )
             )
         areas = [forms.Area(path=path, start=0, count=2048, used=4096) for path in (*storage, *storage_files)]
@@ -138,7 +148,12 @@ class FakeService:
                 on_overflow=on_overflow,
                 areas=areas,
                 forecast_seconds=90.5,
+                snapshots=[identity],
             ),
+            expires=None if ttl is None else forms.timestamp(1_769_860_800 + ttl),
+            ttl=ttl,
+            while_pid=while_pid,
+            partitions=partitions,
         )
         self.snapshots[identity] = snapshot
         self.tell("taken", snapshot=identity)
@@ -153,6 +168,15 @@ class FakeService:
     async def check_snapshot(self, snapshot: str) -> forms.SnapshotCheck:
         found = self.find_snapshot(snapshot)
         return forms.SnapshotCheck(id=found.id, trusted=found.state is forms.SnapshotState.ACTIVE, reason=found.error)
+
+    async def renew_snapshot(self, snapshot: str, *, ttl: float | None) -> forms.Snapshot:
+        found = self.find_snapshot(snapshot)
+        lasts = found.ttl if ttl is None else ttl
+        if lasts is None:
+            raise UsageError("has no time to live", subject=f"snapshot {found.id}", advice="give --ttl TIME")
+        renewed = msgspec.structs.replace(found, ttl=lasts, expires=forms.timestamp(1_769_860_900 + lasts))
+        self.snapshots[found.id] = renewed
+        return renewed
 
     async def destroy_snapshots(self, snapshots: Sequence[str], *, force: bool) -> forms.Destroyed:
         found = [self.find_snapshot(snapshot) for snapshot in snapshots]
@@ -213,6 +237,9 @@ class FakeService:
             forms.Finding(name="kernel", state=ok, text="6.12", advice=None),
             forms.Finding(name="ublk", state=fail, text="no /dev/ublk-control", advice="modprobe ublk_drv"),
         ]
+
+    async def repair(self) -> forms.Repaired:
+        return forms.Repaired(fixed=["udev: wrote /etc/rules"], findings=await self.doctor())
 
     async def status(self) -> forms.Status:
         traffic = forms.Traffic(reads=1, writes=2, read_bytes=4096, written_bytes=8192, preserved_bytes=0)

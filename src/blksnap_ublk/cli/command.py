@@ -58,8 +58,8 @@ def command(group: typer.Typer, name: str, *, example: str) -> Callable[[Callabl
     return group.command(name, cls=Command, epilog=f"Example: {PROGRAM} {example}")
 
 
-def client(context: typer.Context) -> Client:
-    """A client of the daemon, which is started at the first call if need be; warnings go to stderr."""
+def client(context: typer.Context, hooks: str | None = None) -> Client:
+    """A client of the daemon, which is started at the first call if need be (with `hooks`); warnings go to stderr."""
     settings: Settings = context.obj
     path = context.command_path
-    return Client(settings.socket, start=True, warn=lambda text: complain(f"warning: {text}", path))
+    return Client(settings.socket, start=True, warn=lambda text: complain(f"warning: {text}", path), hooks=hooks)

@@ -10,7 +10,7 @@ import typer
 from blksnap_ublk.cli.command import PROGRAM, Json, Settings, client, command
 from blksnap_ublk.cli.output import complain, say, say_json
 from blksnap_ublk.client import Client, connect
-from blksnap_ublk.errors import BlksnapError, UsageError
+from blksnap_ublk.errors import BlksnapError, Busy, UsageError
 from blksnap_ublk.forms import Version
 from blksnap_ublk.version import installed_version
 
@@ -24,25 +24,41 @@ def add_to(app: typer.Typer) -> None:
 def serve(
     context: typer.Context,
     foreground: Annotated[bool, typer.Option("--foreground", help="Be the daemon; log to stderr.")] = False,
+    hooks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Run the programs in DIR/before.d and DIR/after.d around each snapshot; "
+            "by default DIR is /etc/blksnap-ublk/hooks.",
+        ),
+    ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="End the daemon; devices in use are kept for recovery.")] = False,
 ) -> None:
     """Start the daemon, where it does not run already. Other commands do this by themselves."""
     settings: Settings = context.obj
     if foreground and stop:
         raise UsageError("--foreground and --stop exclude one another")
+    if hooks is not None and stop:
+        raise UsageError("--hooks and --stop exclude one another")
+    if hooks is not None and not os.path.isdir(hooks):
+        raise UsageError("not a directory", subject=f"--hooks {hooks}")
     if foreground:
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "blksnap_ublk.daemon.main", "--foreground"])
+        options = [] if hooks is None else ["--hooks", os.path.abspath(hooks)]
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "blksnap_ublk.daemon.main", "--foreground", *options])
     running = _running(settings.socket)
     if running is not None:
         with running:
             if stop:
                 running.stop()
-            else:
-                complain(f"runs already, as process {running.daemon_version().pid}", context.command_path)
+                return
+            text = f"runs already, as process {running.daemon_version().pid}"
+            if hooks is not None:
+                raise Busy(text, advice="its hooks can be named at its start only: end it first, by `serve --stop`")
+            complain(text, context.command_path)
     elif stop:
         complain("does not run", context.command_path)
     else:
-        with client(context) as started:
+        with client(context, hooks) as started:
             started.connect()
 
 

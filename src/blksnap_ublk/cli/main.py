@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from blksnap_ublk.cli import changes, daemon, device, doctor, events, snapshot, status
+from blksnap_ublk.cli import changes, daemon, device, doctor, events, install, snapshot, status
 from blksnap_ublk.cli.command import PROGRAM, CommandFailed, ReaderGone, Settings
 from blksnap_ublk.cli.output import complain
 from blksnap_ublk.errors import one_line
@@ -47,6 +47,7 @@ changes.add_to(app)
 events.add_to(app)
 status.add_to(app)
 doctor.add_to(app)
+install.add_to(app)
 daemon.add_to(app)
 
 

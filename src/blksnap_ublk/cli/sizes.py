@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes as people write them: 4096, 64K, 1G, 2T (powers of 1024)."""
+"""Sizes as people write them: 4096, 64K, 1G, 2T (powers of 1024), and times: 90, 30s, 10m, 2h, 1d."""
 
 import re
 
@@ -8,6 +8,8 @@ import typer
 _UNITS = "KMGTPE"
 _SIZE = re.compile(rf"(\d+)([{_UNITS}]?)", re.ASCII | re.IGNORECASE)
 _LARGEST = (1 << 63) - 1
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(r"(\d+)([smhd]?)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -28,6 +30,18 @@ def parse_range(text: str) -> tuple[int, int]:
     if not plus:
         raise typer.BadParameter(f"{text!r} is not a range: write START+LENGTH, in bytes")
     return parse_size(start), parse_size(length)
+
+
+def parse_time(text: str) -> float:
+    """Seconds of a time, more than none. Raises typer.BadParameter."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a time: write seconds, or 30s, 10m, 2h, 1d")
+    number, unit = match.groups()
+    seconds = float(int(number[:20]) * _SECONDS[unit])
+    if seconds == 0:
+        raise typer.BadParameter(f"{text!r} is no time at all")
+    return seconds
 
 
 def size_text(size: float) -> str:

@@ -9,14 +9,19 @@ import typer
 
 from blksnap_ublk.cli.command import Json, client, command
 from blksnap_ublk.cli.output import fill_text, say, say_fields, say_json, say_table
-from blksnap_ublk.cli.sizes import duration_text, parse_size, size_text
-from blksnap_ublk.errors import Unsupported, Untrusted, UsageError
+from blksnap_ublk.cli.sizes import duration_text, parse_size, parse_time, size_text
+from blksnap_ublk.errors import Untrusted, UsageError
 from blksnap_ublk.forms import Destroyed, Freeze, Snapshot, SnapshotList
 
 SECTOR = 512
 _ON_OVERFLOW = re.compile(r"break|pause:[0-9]+|evict-oldest")
 
 Reference = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="UUID, or its beginning (4 characters or more).")]
+
+Time = Annotated[
+    float | None,
+    typer.Option("--ttl", parser=parse_time, metavar="TIME", help="It ends by itself after 30s, 10m, 2h, 1d."),
+]
 
 
 class Print(StrEnum):
@@ -36,6 +41,7 @@ def add_to(app: typer.Typer) -> None:
     command(group, "list", example="snapshot list")(list_snapshots)
     command(group, "show", example="snapshot show 1f0c --json")(show)
     command(group, "check", example="snapshot check 1f0c && echo trusted")(check)
+    command(group, "renew", example="snapshot renew 1f0c --ttl 2h")(renew)
     command(group, "destroy", example="snapshot destroy 1f0c")(destroy)
 
 
@@ -46,7 +52,8 @@ def create(
         list[str] | None,
         typer.Option(
             metavar="SPEC",
-            help="Difference storage: a file, directory or block device, or PATH:START+COUNT,... (sectors).",
+            help="Difference storage: a file, directory or block device, or PATH:START+COUNT,... (sectors); "
+            "or @SNAPSHOT: share that of another snapshot.",
         ),
     ] = None,
     storage_file: Annotated[
@@ -62,8 +69,11 @@ def create(
     require_freeze: Annotated[
         bool, typer.Option("--require-freeze", help="Fail where a mounted file system cannot be frozen.")
     ] = False,
-    ttl: Annotated[str | None, typer.Option(hidden=True)] = None,
-    while_pid: Annotated[str | None, typer.Option(hidden=True)] = None,
+    partitions: Annotated[bool, typer.Option("--partitions", help="Show the partitions of the images.")] = False,
+    ttl: Time = None,
+    while_pid: Annotated[
+        int | None, typer.Option(metavar="PID", help="It ends by itself when this process has ended.")
+    ] = None,
     show: Annotated[
         Print, typer.Option("--print", help="What to print: the UUID, or the paths of the images.")
     ] = Print.ID,
@@ -76,8 +86,6 @@ def create(
         raise UsageError("--no-freeze and --require-freeze exclude one another")
     if _ON_OVERFLOW.fullmatch(on_overflow) is None:
         raise UsageError(f"--on-overflow {on_overflow}: not one of break, pause:SECONDS, evict-oldest")
-    if ttl is not None or while_pid is not None:
-        raise Unsupported("--ttl and --while-pid are not available in this version", advice="destroy it yourself")
     freeze = Freeze.NO if no_freeze else Freeze.REQUIRE if require_freeze else Freeze.TRY
     with client(context) as daemon:
         snapshot = daemon.create_snapshot(
@@ -87,6 +95,9 @@ def create(
             limit=limit,
             on_overflow=on_overflow,
             freeze=freeze,
+            partitions=partitions,
+            ttl=ttl,
+            while_pid=while_pid,
         )
     if json:
         say_json(snapshot)
@@ -105,12 +116,13 @@ def list_snapshots(context: typer.Context, json: Json = False) -> None:
         say_json(SnapshotList(snapshots=snapshots))
         return
     say_table(
-        ["SNAPSHOT", "CREATED", "STATE", "DEVICES", "STORAGE"],
+        ["SNAPSHOT", "CREATED", "STATE", "ENDS", "DEVICES", "STORAGE"],
         [
             (
                 s.id,
                 s.created,
                 s.state,
+                _end_text(s),
                 ",".join(i.device for i in s.images),
                 fill_text(s.storage.used, s.storage.capacity),
             )
@@ -139,6 +151,14 @@ def check(context: typer.Context, snapshot: Reference, json: Json = False) -> No
         raise Untrusted(f"snapshot {checked.id} cannot be trusted: {checked.reason}", advice="destroy it")
 
 
+def renew(context: typer.Context, snapshot: Reference, ttl: Time = None, json: Json = False) -> None:
+    """Let a snapshot with a time to live last that long from now on, or for another TIME."""
+    with client(context) as daemon:
+        renewed = daemon.renew_snapshot(snapshot, ttl=ttl)
+    if json:
+        say_json(renewed)
+
+
 def destroy(
     context: typer.Context,
     snapshots: Annotated[list[str], typer.Argument(metavar="SNAPSHOT...", help="UUIDs, or their beginnings.")],
@@ -161,20 +181,31 @@ def _say_snapshot(snapshot: Snapshot) -> None:
             ("snapshot", snapshot.id),
             ("created", snapshot.created),
             ("state", snapshot.state if snapshot.error is None else f"{snapshot.state}: {snapshot.error}"),
+            ("ends", _end_text(snapshot)),
             ("frozen", "yes" if snapshot.frozen else "no"),
             ("gate closed", f"{snapshot.gate_us} µs"),
             ("storage", fill_text(storage.used, storage.capacity)),
             ("limit", "-" if storage.limit is None else size_text(storage.limit)),
             ("full in", duration_text(storage.forecast_seconds)),
+            ("shared with", ", ".join(other for other in storage.snapshots if other != snapshot.id) or "-"),
         ]
     )
     say("")
     say_table(
-        ["IMAGE", "DEVICE", "ORIGIN", "STATE", "PRESERVED", "CURSOR"],
-        [(i.image, i.device, i.origin, i.state, size_text(i.preserved_bytes), i.cursor) for i in snapshot.images],
+        ["IMAGE", "LINK", "DEVICE", "ORIGIN", "STATE", "PRESERVED", "CURSOR"],
+        [
+            (i.image, i.link or "-", i.device, i.origin, i.state, size_text(i.preserved_bytes), i.cursor)
+            for i in snapshot.images
+        ],
     )
     say("")
     say_table(
         ["STORAGE AREA", "START", "SECTORS", "USED"],
         [(a.path, a.start, a.count, fill_text(a.used, a.count * SECTOR)) for a in storage.areas],
     )
+
+
+def _end_text(snapshot: Snapshot) -> str:
+    """What ends it by itself: `-`, a time, `with 4711` for a process, or both."""
+    process = None if snapshot.while_pid is None else f"with {snapshot.while_pid}"
+    return " or ".join(filter(None, [snapshot.expires, process])) or "-"

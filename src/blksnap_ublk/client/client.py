@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,10 +52,12 @@ class Client:
     arguments a UUID or at least 4 characters of its beginning. Relative paths are the caller's. Sizes are bytes.
     """
 
-    def __init__(self, path: str | None, *, start: bool, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: str | None, *, start: bool, warn: Callable[[str], None], hooks: str | None = None) -> None:
+        """`hooks`: for a daemon that this client starts, the directory of its hooks where it is not the usual one."""
         self.path = socket_path() if path is None else os.path.abspath(path)
         self._start = start and path is None
         self._warn = warn
+        self._hooks = None if hooks is None else os.path.abspath(hooks)
         self._connection: Connection | None = None
 
     def __enter__(self) -> "Client":
@@ -120,17 +123,28 @@ class Client:
         limit: int | None = None,
         on_overflow: str = "break",
         freeze: forms.Freeze = forms.Freeze.TRY,
+        partitions: bool = False,
+        ttl: float | None = None,
+        while_pid: int | None = None,
     ) -> forms.Snapshot:
-        """One snapshot of all `devices` at one instant; `storage` are SPECs, `storage_files` plain paths."""
+        """One snapshot of all `devices` at one instant; `storage` are SPECs, `storage_files` plain paths.
+
+        A single SPEC `@SNAPSHOT` shares the storage of that one. With `partitions` the images show theirs. It ends by
+        itself, whoever uses it then, `ttl` seconds after it was taken or last renewed, and when the process `while_pid`
+        (`os.getpid()`: this one) has ended.
+        """
         created = self._call(
             "CreateSnapshot",
             calls.CreateSnapshot(
                 devices=[_device(device) for device in devices],
-                storage=[_absolute(spec) for spec in storage],
+                storage=[spec if spec.startswith("@") else _absolute(spec) for spec in storage],
                 storage_files=[_absolute(path) for path in storage_files],
                 limit=limit,
                 on_overflow=on_overflow,
                 freeze=freeze,
+                partitions=partitions,
+                ttl=ttl,
+                while_pid=while_pid,
             ),
             forms.SnapshotCreated,
         )
@@ -149,8 +163,18 @@ class Client:
         """Whether the snapshot can be trusted, and if not, why."""
         return self._call("CheckSnapshot", calls.OneSnapshot(snapshot=snapshot), forms.SnapshotCheck)
 
+    def renew_snapshot(self, snapshot: str, *, ttl: float | None = None) -> forms.Snapshot:
+        """Let a snapshot last for its time to live, or for another of `ttl` seconds, from now on.
+
+        Raises UsageError where it has none and none is given, NotFound when its time is over.
+        """
+        return self._call("RenewSnapshot", calls.RenewSnapshot(snapshot=snapshot, ttl=ttl), forms.Snapshot)
+
     def destroy_snapshots(self, snapshots: Sequence[str], *, force: bool = False) -> list[str]:
-        """Remove snapshots; `force` also while their images are open. The UUIDs of those that are gone."""
+        """Remove snapshots; `force` also while their images are open. The UUIDs of those that are gone.
+
+        The first that is refused ends it; the error names those that are gone.
+        """
         parameters = calls.DestroySnapshots(snapshots=list(snapshots), force=force)
         destroyed = self._call("DestroySnapshots", parameters, forms.Destroyed)
         self._pass_on(destroyed.warnings)
@@ -222,16 +246,27 @@ class Client:
 
     def doctor(self) -> list[forms.Finding]:
         """What is fit or unfit about this system. Answers, with the reason, also where no daemon can be started."""
-        try:
-            self.connect()
-        except BlksnapError as error:
-            if not self._start:
-                raise
-            from blksnap_ublk.host.doctor import examine
+        no_daemon = self._no_daemon()
+        if no_daemon is None:
+            return self._call("Doctor", calls.NoParameters(), forms.Findings).findings
+        from blksnap_ublk.host.doctor import examine
 
-            no_daemon = forms.Finding(name="daemon", state=forms.FindingState.FAIL, text=error.message, advice=None)
-            return [no_daemon, *examine(None)]
-        return self._call("Doctor", calls.NoParameters(), forms.Findings).findings
+        return [no_daemon, *examine(None, runtime=Path(runtime_directory()))]
+
+    def repair(self) -> forms.Repaired:
+        """Put right what `doctor` complains of, where that needs no decision: udev rules, a filter for LVM, devices of
+        ours that nobody serves. Does what it can also where no daemon can be started."""
+        no_daemon = self._no_daemon()
+        if no_daemon is None:
+            return self._call("Repair", calls.NoParameters(), forms.Repaired)
+        if os.geteuid() != 0:
+            raise not_root()
+        from blksnap_ublk.host.doctor import examine
+        from blksnap_ublk.host.repair import fix
+
+        runtime = Path(runtime_directory())
+        fixed = fix(examine(None, runtime=runtime), runtime=runtime)
+        return forms.Repaired(fixed=fixed, findings=[no_daemon, *examine(None, runtime=runtime)])
 
     def status(self) -> forms.Status:
         """Everything that is served; takes half a second, over which rates are measured."""
@@ -287,11 +322,21 @@ class Client:
                 raise Failed(f"no daemon listens on {self.path}", advice="start one: blksnap-ublk serve") from error
         except OSError as error:
             raise from_os_error(error, subject=self.path) from error
-        start_daemon(runtime_directory(), self._listens)
+        start_daemon(runtime_directory(), self._listens, self._hooks)
         try:
             return Connection(self.path)
         except OSError as error:
             raise Failed(f"the daemon ended as soon as it had started ({error})", advice="its log says why") from error
+
+    def _no_daemon(self) -> forms.Finding | None:
+        """Connects; a daemon that cannot be started is a finding. Raises BlksnapError where none may be started."""
+        try:
+            self.connect()
+        except BlksnapError as error:
+            if not self._start:
+                raise
+            return forms.Finding(name="daemon", state=forms.FindingState.FAIL, text=error.message, advice=None)
+        return None
 
     def _listens(self) -> bool:
         try:

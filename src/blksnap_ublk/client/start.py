@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -28,8 +28,10 @@ UNIT_DIRECTORIES = ("/etc/systemd/system", "/run/systemd/system", "/usr/local/li
 _started: list[subprocess.Popen[bytes]] = []
 
 
-def start_daemon(runtime: str, listens: Callable[[], bool]) -> None:
+def start_daemon(runtime: str, listens: Callable[[], bool], hooks: str | None = None) -> None:
     """Start a daemon for the runtime directory and return when it listens; `listens` tells whether one does.
+
+    `hooks`: the directory of the programs that it runs before and after a snapshot is taken, None for the usual one.
 
     Raises Failed where systemd owns the daemon, or what the daemon itself said when it could not start.
     """
@@ -38,7 +40,7 @@ def start_daemon(runtime: str, listens: Callable[[], bool]) -> None:
         os.makedirs(runtime, mode=0o700, exist_ok=True)
         with _one_at_a_time(runtime):
             if not listens():
-                _start(listens)
+                _start(listens, [] if hooks is None else ["--hooks", hooks])
     except PermissionError as error:
         raise not_root() from error
     except OSError as error:
@@ -67,14 +69,14 @@ def _one_at_a_time(runtime: str) -> Iterator[None]:
         os.close(directory)
 
 
-def _start(listens: Callable[[], bool]) -> None:
+def _start(listens: Callable[[], bool], options: Sequence[str]) -> None:
     with tempfile.TemporaryFile() as complaints:
         reading, writing = os.pipe()
         try:
             try:
                 # -P: the working directory of whoever calls is no place to import from.
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", DAEMON_MODULE, "--ready-fd", str(writing)],
+                    [sys.executable, "-P", "-m", DAEMON_MODULE, "--ready-fd", str(writing), *options],
                     stdin=subprocess.DEVNULL,
                     stdout=complaints,
                     stderr=complaints,

@@ -19,11 +19,11 @@ from blksnap_ublk import forms
 from blksnap_ublk.daemon.events import EventLog
 from blksnap_ublk.daemon.forecast import Forecasts
 from blksnap_ublk.daemon.service import ChangesAnswer
-from blksnap_ublk.errors import BlksnapError, Failed, errno_symbol, from_os_error
-from blksnap_ublk.host import doctor, sysfs
+from blksnap_ublk.errors import BlksnapError, Failed, UsageError, errno_symbol, from_os_error
+from blksnap_ublk.host import doctor, repair, sysfs
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import attach, change_queries, create, destroy, detach, naming, report
-from blksnap_ublk.snapshot.catalogue import DeviceEntry
+from blksnap_ublk.snapshot import attach, change_queries, create, destroy, detach, lifetime, naming, report
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import parse_specs
 from blksnap_ublk.ublk.control import granted_features
@@ -31,6 +31,8 @@ from blksnap_ublk.ublk.device_info import DeviceState
 from blksnap_ublk.version import installed_version
 
 THREADS = 64
+JOIN = "@"
+"""What a SPEC begins with that names a snapshot, to share its storage."""
 _SECTOR = 512
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,11 +41,14 @@ T = TypeVar("T")
 class Commands:
     """The service. Questions about what is there never wait for an operation that runs."""
 
-    def __init__(self, context: Context, events: EventLog, forecasts: Forecasts, stop: Callable[[], None]) -> None:
-        """`stop` begins the end of the daemon."""
+    def __init__(
+        self, context: Context, events: EventLog, forecasts: Forecasts, runtime: Path, stop: Callable[[], None]
+    ) -> None:
+        """`runtime` is the runtime directory; `stop` begins the end of the daemon."""
         self._context = context
         self._events = events
         self._forecasts = forecasts
+        self._runtime = runtime
         self._stop = stop
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="command")
 
@@ -89,9 +94,21 @@ class Commands:
         limit: int | None,
         on_overflow: str,
         freeze: forms.Freeze,
+        partitions: bool,
+        ttl: float | None,
+        while_pid: int | None,
     ) -> forms.SnapshotCreated:
         members = [self._device(device) for device in devices]
-        options = create.CreateOptions(parse_specs(storage, storage_files), limit, on_overflow, freeze)
+        options = create.CreateOptions(
+            specs=parse_specs([spec for spec in storage if not spec.startswith(JOIN)], storage_files),
+            limit=limit,
+            on_overflow=on_overflow,
+            freeze=freeze,
+            partitions=partitions,
+            ttl=ttl,
+            while_pid=while_pid,
+            join=self._joined(storage),
+        )
         entry, warnings = await self._in_thread(create.create, self._context, members, options)
         form = report.snapshot_form(self._context, entry)
         _log.info("took snapshot %s of %s, gate closed for %d us", form.id, ", ".join(devices), form.gate_us)
@@ -113,18 +130,29 @@ class Commands:
         reason = None if error is None else f"{state.value}: {error}"
         return forms.SnapshotCheck(id=entry.id, trusted=reason is None, reason=reason)
 
+    async def renew_snapshot(self, snapshot: str, *, ttl: float | None) -> forms.Snapshot:
+        entry = naming.find_snapshot(self._context.catalogue, snapshot)
+        renewed = await self._in_thread(lifetime.renew, self._context, entry, ttl)
+        return report.snapshot_form(self._context, renewed, self._forecasts.seconds_left)
+
     async def destroy_snapshots(self, snapshots: Sequence[str], *, force: bool) -> forms.Destroyed:
         found = [naming.find_snapshot(self._context.catalogue, snapshot) for snapshot in snapshots]
         entries = list({entry.id: entry for entry in found}.values())
         destroyed: list[str] = []
         warnings: list[str] = []
 
-        def run() -> None:
-            for entry in entries:
-                warnings.extend(destroy.destroy(self._context, entry, force=force))
-                destroyed.append(entry.id)
+        def run(entry: SnapshotEntry) -> list[str]:
+            return destroy.destroy(self._context, entry, force=force)
 
-        await self._in_thread(run)
+        for entry in entries:
+            try:
+                warnings += await self._in_thread(run, entry)
+            except BlksnapError as error:
+                if not destroyed:
+                    raise
+                gone = f"destroyed before: {', '.join(destroyed)}"
+                raise type(error)(f"snapshot {entry.id}: {error.message}; {gone}") from error
+            destroyed.append(entry.id)
         return forms.Destroyed(destroyed=destroyed, warnings=warnings)
 
     async def show_changes(self, device: str, *, since: str | None, until: str | None) -> ChangesAnswer:
@@ -154,9 +182,15 @@ class Commands:
         return forms.Marked(device=naming.block_path(entry), marked_bytes=marked)
 
     async def doctor(self) -> list[forms.Finding]:
-        def run() -> list[forms.Finding]:
-            features = granted_features()
-            return doctor.examine(None if features is None else int(features), self._left_over())
+        return await self._in_thread(self._examine)
+
+    async def repair(self) -> forms.Repaired:
+        def run() -> forms.Repaired:
+            def delete_dead() -> list[str]:
+                return self._context.disks.delete_dead(self._context.catalogue)
+
+            fixed = repair.fix(self._examine(), delete_dead=delete_dead, runtime=self._runtime)
+            return forms.Repaired(fixed=fixed, findings=self._examine())
 
         return await self._in_thread(run)
 
@@ -188,6 +222,17 @@ class Commands:
 
     def _device(self, text: str) -> DeviceEntry:
         return naming.find_device(self._context.catalogue, text)
+
+    def _joined(self, storage: Sequence[str]) -> str | None:
+        """The full id of the snapshot whose storage `@SNAPSHOT` names; None where none does."""
+        named = [spec.removeprefix(JOIN) for spec in storage if spec.startswith(JOIN)]
+        if len(named) > 1:
+            raise UsageError("--storage @SNAPSHOT is given more than once", advice="share the storage of one snapshot")
+        return naming.find_snapshot(self._context.catalogue, named[0]).id if named else None
+
+    def _examine(self) -> list[forms.Finding]:
+        features = granted_features()
+        return doctor.examine(None if features is None else int(features), self._left_over(), runtime=self._runtime)
 
     def _left_over(self) -> list[str]:
         ours = {entry.served.ublk_id for entry in self._context.catalogue.devices() if entry.served}

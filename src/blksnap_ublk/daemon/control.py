@@ -7,12 +7,14 @@ who uses a filtered device or an image notices.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from blksnap_ublk.daemon.commands import Commands
 from blksnap_ublk.daemon.ending import end
@@ -42,12 +44,15 @@ _log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs until SIGTERM; the exit status tells the keeper whether devices are left."""
-    start = ChildStart.from_arguments(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hooks", type=Path)
+    own, rest = parser.parse_known_args(arguments)
+    start = ChildStart.from_arguments(rest)
     start_log("control")
     with ExitStack() as stack:
         try:
             events = EventLog(start.paths.state / "events")
-            context = _context(start.paths, events, stack)
+            context = _context(start.paths, own.hooks, events, stack)
             reconcile(context)
         except BlksnapError as error:
             start.failed(error.message, error.exit_code)
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_NOTHING_LEFT if end(context) else EXIT_DEVICES_LEFT
 
 
-def _context(paths: RuntimePaths, events: EventLog, stack: ExitStack) -> Context:
+def _context(paths: RuntimePaths, hooks: Path | None, events: EventLog, stack: ExitStack) -> Context:
     try:
         control = stack.enter_context(Control())
     except OSError as error:
@@ -76,6 +81,7 @@ def _context(paths: RuntimePaths, events: EventLog, stack: ExitStack) -> Context
         catalogue=Catalogue(paths.state / "catalogue"),
         registry=DescriptorRegistry(),
         emit=events.emit,
+        hooks=hooks,
     )
 
 
@@ -94,7 +100,7 @@ async def _serve(start: ChildStart, context: Context, events: EventLog) -> None:
         except OSError:
             ending.set()  # it has died
 
-    commands = Commands(context, events, forecasts, stop)
+    commands = Commands(context, events, forecasts, start.paths.root, stop)
     info = Info(vendor="blksnap-ublk", product="blksnap-ublk", version=installed_version(), url="")
     server = Server(info, [ublk_interface(commands)])
     server.start(start.listener)

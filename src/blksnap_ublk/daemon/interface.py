@@ -44,12 +44,14 @@ def ublk_interface(service: Service) -> Interface:
             "ListSnapshots": Method(calls.NoParameters, handlers.list_snapshots),
             "ShowSnapshot": Method(calls.OneSnapshot, handlers.show_snapshot),
             "CheckSnapshot": Method(calls.OneSnapshot, handlers.check_snapshot),
+            "RenewSnapshot": Method(calls.RenewSnapshot, handlers.renew_snapshot),
             "DestroySnapshots": Method(calls.DestroySnapshots, handlers.destroy_snapshots),
             "ShowChanges": Method(calls.ShowChanges, handlers.show_changes, stream=True),
             "DescribeChanges": Method(calls.OneDevice, handlers.describe_changes),
             "DumpChanges": Method(calls.OneDevice, handlers.dump_changes, stream=True),
             "MarkChanges": Method(calls.MarkChanges, handlers.mark_changes),
             "Doctor": Method(calls.NoParameters, handlers.doctor),
+            "Repair": Method(calls.NoParameters, handlers.repair),
             "ShowStatus": Method(calls.ShowStatus, handlers.show_status, stream=True),
             "ReadEvents": Method(calls.ReadEvents, handlers.read_events, stream=True),
             "GetVersion": Method(calls.NoParameters, handlers.get_version),
@@ -95,6 +97,9 @@ class _Handlers:
             limit=parameters.limit,
             on_overflow=parameters.on_overflow or "break",
             freeze=parameters.freeze or forms.Freeze.TRY,
+            partitions=bool(parameters.partitions),
+            ttl=parameters.ttl,
+            while_pid=parameters.while_pid,
         )
 
     async def list_snapshots(self, parameters: calls.NoParameters, call: Call) -> forms.SnapshotList:
@@ -105,6 +110,9 @@ class _Handlers:
 
     async def check_snapshot(self, parameters: calls.OneSnapshot, call: Call) -> forms.SnapshotCheck:
         return await self._service.check_snapshot(parameters.snapshot)
+
+    async def renew_snapshot(self, parameters: calls.RenewSnapshot, call: Call) -> forms.Snapshot:
+        return await self._service.renew_snapshot(parameters.snapshot, ttl=parameters.ttl)
 
     async def destroy_snapshots(self, parameters: calls.DestroySnapshots, call: Call) -> forms.Destroyed:
         return await self._service.destroy_snapshots(parameters.snapshots, force=bool(parameters.force))
@@ -141,6 +149,9 @@ class _Handlers:
 
     async def doctor(self, parameters: calls.NoParameters, call: Call) -> forms.Findings:
         return forms.Findings(findings=await self._service.doctor())
+
+    async def repair(self, parameters: calls.NoParameters, call: Call) -> forms.Repaired:
+        return await self._service.repair()
 
     async def show_status(self, parameters: calls.ShowStatus, call: Call) -> forms.Status:
         """One status, or with `more` one for each interval, without end."""

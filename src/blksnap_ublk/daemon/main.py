@@ -19,6 +19,7 @@ from blksnap_ublk.keeper.keeper import Keeper, KeeperConfig
 from blksnap_ublk.keeper.log import start_log, stderr_to_file
 from blksnap_ublk.keeper.runtime import RuntimePaths
 
+DEFAULT_HOOKS = Path("/etc/blksnap-ublk/hooks")
 CONTROL_NODE = Path("/dev/ublk-control")
 MODPROBE = ("/usr/sbin/modprobe", "/sbin/modprobe")
 NODE_WAIT = 2.0
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = KeeperConfig(
         paths=paths,
         io_command=_python("blksnap_ublk.ioproc.main"),
-        control_command=_python("blksnap_ublk.daemon.control"),
+        control_command=[*_python("blksnap_ublk.daemon.control"), "--hooks", str(options.hooks)],
         state_size=options.state_size,
         log_to_file=not options.foreground,
     )
@@ -78,7 +79,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--state-size", type=_size, metavar="SIZE", help="memory that state may take; default: a quarter, at most 16G"
     )
+    parser.add_argument(
+        "--hooks",
+        type=_directory,
+        default=DEFAULT_HOOKS,
+        metavar="DIR",
+        help=f"run the programs in DIR/before.d and DIR/after.d around each snapshot; default: {DEFAULT_HOOKS}",
+    )
     return parser.parse_args(arguments)
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).absolute()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a directory")
+    return path
 
 
 def _size(text: str) -> int:

@@ -29,6 +29,7 @@ from blksnap_ublk.forms import (
     Freeze,
     Marked,
     Range,
+    Repaired,
     Snapshot,
     SnapshotCheck,
     SnapshotCreated,
@@ -80,12 +81,17 @@ class Service(Protocol):
         limit: int | None,
         on_overflow: str,
         freeze: Freeze,
+        partitions: bool,
+        ttl: float | None,
+        while_pid: int | None,
     ) -> SnapshotCreated:
         """One snapshot of all `devices` at one instant; images and symlinks exist when it returns.
 
-        `storage` are SPECs, `storage_files` paths that are never split; `limit` in bytes; `on_overflow` is `break`,
-        `pause:SECONDS` or `evict-oldest`. Raises Busy (an area or file in use, writers that do not drain),
-        Unsupported (storage or policy that this version cannot do; a freeze that was required).
+        `storage` are SPECs, or one `@SNAPSHOT` whose storage is shared; `storage_files` paths that are never split;
+        `limit` in bytes; `on_overflow` is `break`, `pause:SECONDS` or `evict-oldest`. With `partitions` the images
+        show theirs. It ends by itself after `ttl` seconds, and when the process `while_pid` has ended. Raises Busy (an
+        area or file in use, writers that do not drain), Unsupported (storage or policy that this version cannot do; a
+        freeze that was required).
         """
         ...
 
@@ -101,10 +107,18 @@ class Service(Protocol):
         """Whether the snapshot can be trusted. A broken one is an answer, not an error."""
         ...
 
+    async def renew_snapshot(self, snapshot: str, *, ttl: float | None) -> Snapshot:
+        """Let a snapshot last for its time to live, or for another of `ttl` seconds, from now on.
+
+        Raises UsageError where it has none and none is given.
+        """
+        ...
+
     async def destroy_snapshots(self, snapshots: Sequence[str], *, force: bool) -> Destroyed:
         """Remove snapshots. All are looked up, and refused if one does not exist, before the first is removed.
 
-        Raises Busy while an image is open, unless `force`, which ends its readers with errors.
+        Raises Busy while an image is open, unless `force`, which ends its readers with errors. The first that is
+        refused ends it; the error names those that are gone.
         """
         ...
 
@@ -133,6 +147,10 @@ class Service(Protocol):
 
     async def doctor(self) -> list[Finding]:
         """What was found about this system; also answers where nothing can be attached."""
+        ...
+
+    async def repair(self) -> Repaired:
+        """Put right what `doctor` complains of, where that needs no decision, and look again."""
         ...
 
     async def status(self) -> Status:

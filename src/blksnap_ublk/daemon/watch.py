@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The thread that looks after what happens by itself: images that break, map memory, an io process that dies."""
+"""The thread that looks after what happens by itself: images that break, snapshots whose time is over, map memory, an
+io process that dies."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from blksnap_ublk.daemon.forecast import Forecasts
-from blksnap_ublk.errors import BlksnapError
+from blksnap_ublk.errors import BlksnapError, NotFound
 from blksnap_ublk.forms import SnapshotState
-from blksnap_ublk.snapshot import create, map_memory, naming, report, storages
+from blksnap_ublk.snapshot import destroy, lifetime, map_memory, naming, report, storages
 from blksnap_ublk.snapshot.catalogue import SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.reconcile import reconcile, try_again
@@ -18,6 +21,8 @@ from blksnap_ublk.snapshot.state_files import ImageStatus
 
 LOOK = 0.25  # seconds between two looks at the images
 FEED = 1.0  # seconds between two looks at map memory and fill levels
+END_AGAIN = 5.0  # seconds until a snapshot whose time is over, and that could not be destroyed, is tried again
+ENDERS = 4  # snapshots that are destroyed at the same time because their time is over
 TRY_AGAIN = 0.5  # seconds between two attempts to serve a device again that could not be
 _BROKEN = {ImageStatus.OVERFLOWN, ImageStatus.CORRUPTED}
 _EVENTS = {SnapshotState.OVERFLOWN: "overflow", SnapshotState.CORRUPTED: "corrupted"}
@@ -35,6 +40,8 @@ class Watch:
         self._broken = {entry.id for entry in context.catalogue.snapshots() if self._is_broken(entry)}
         self._fed = 0.0
         self._tried = time.monotonic()
+        self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="expiry")
+        self._ends_at: dict[str, float] = {}
 
     def start(self) -> None:
         """Begin to look."""
@@ -45,6 +52,7 @@ class Watch:
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._enders.shutdown(cancel_futures=True)
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -71,8 +79,37 @@ class Watch:
                 self._tell_broken(entry)
         if held and time.monotonic() - self._fed > FEED:
             self._fed = time.monotonic()
+            self._end_expired()
             self._feed(held)
         self._context.io.lost(LOOK)
+
+    def _end_expired(self) -> None:
+        """In threads of their own: an end may have to wait, and map memory must not."""
+        now = time.monotonic()
+        over = lifetime.ended(self._context)
+        for gone in self._ends_at.keys() - {entry.id for entry in over}:
+            del self._ends_at[gone]
+        for entry in over:
+            if now < self._ends_at.get(entry.id, 0.0):
+                continue
+            if entry.id not in self._ends_at:
+                self._context.emit("expired", snapshot=entry.id, device=naming.only_device(entry))
+            self._ends_at[entry.id] = math.inf
+            self._enders.submit(self._end, entry)
+
+    def _end(self, entry: SnapshotEntry) -> None:
+        _log.info("snapshot %s: its time is over", entry.id)
+        try:
+            for warning in destroy.destroy(self._context, entry, force=True):
+                _log.warning("%s", warning)
+        except NotFound:
+            pass
+        except (BlksnapError, OSError) as error:
+            _log.error("snapshot %s: its time is over, and it could not be destroyed: %s", entry.id, error)
+            self._ends_at[entry.id] = time.monotonic() + END_AGAIN
+        except Exception:
+            _log.exception("snapshot %s: unexpected error; it will be tried again", entry.id)
+            self._ends_at[entry.id] = time.monotonic() + END_AGAIN
 
     def _tell_broken(self, entry: SnapshotEntry) -> None:
         self._broken.add(entry.id)
@@ -82,13 +119,14 @@ class Watch:
         _log.error("snapshot %s is %s: %s", entry.id, state.value, error)
         # A snapshot that was lost with its io process was told of when that was found.
         if entry.lost is None:
-            self._context.emit(_EVENTS[state], snapshot=entry.id, device=entry.images[0].filtered, error=error)
+            self._context.emit(_EVENTS[state], snapshot=entry.id, device=naming.only_device(entry), error=error)
 
     def _feed(self, held: list[SnapshotEntry]) -> None:
-        self._forecasts.keep_only({entry.id for entry in held})
-        for entry in held:
-            used, _ = storages.used_bytes(self._context, entry.storage)
-            self._forecasts.read(entry.id, sum(used))
+        known = self._context.catalogue.storages()
+        self._forecasts.keep_only({storage.key for storage in known})
+        for storage in known:
+            used, _ = storages.used_bytes(self._context, storage)
+            self._forecasts.read(storage.key, sum(used))
         if any(entry.id not in self._broken for entry in held):
             map_memory.ensure(self._context)
 
@@ -96,5 +134,5 @@ class Watch:
         """Not for a snapshot that is going or has gone since it was looked up."""
         if entry.lost is not None:
             return True
-        states = [self._context.state.image_state(create.image_state_name(image)) for image in entry.images]
+        states = [self._context.state.image_state(naming.image_state_name(image)) for image in entry.images]
         return any(found is not None and found.status in _BROKEN for found in states)

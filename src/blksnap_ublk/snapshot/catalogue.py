@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the control process must know again after a kill -9: the devices and snapshots, one small file for each.
+"""What the control process must know again after a kill -9: devices, snapshots, storages, one small file for each.
 
 Each file is JSON with a version and a checksum, replaced by an atomic rename, so that a change of one object is either
 there or not, and damage costs one object only. Entries are immutable; to change one, `put` another with the same key.
@@ -7,17 +7,22 @@ there or not, and damage costs one object only. Entries are immutable; to change
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 import zlib
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from blksnap_ublk.snapshot.spare_file import SpareFile
+
 _VERSION = 1
+_SERIAL_MAX = (1 << 24) - 1
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +84,7 @@ class AreaEntry(msgspec.Struct, frozen=True):
 
 
 class StorageEntry(msgspec.Struct, frozen=True):
-    """A difference storage."""
+    """A difference storage, shared by the snapshots whose `storage_key` is its key; it ends with the last of them."""
 
     key: str
     unit: int
@@ -106,7 +111,9 @@ class ImageEntry(msgspec.Struct, frozen=True):
 class SnapshotEntry(msgspec.Struct, frozen=True):
     """A snapshot. `lost` says why it is corrupted although no image says so, for instance after the io process died.
 
-    `members`: the keys of its devices, also before it has images.
+    `members`: the keys of its devices, also before it has images. `storage_key`: its difference storage. `partitions`:
+    those of its images are scanned. `ttl`: seconds that it was given to live, `expires`: the unix time when they end.
+    `while_pid`: it ends with that process, whose start time is `while_pid_start` (field 22 of /proc/PID/stat).
     """
 
     id: str
@@ -115,12 +122,17 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     frozen: bool
     gate_us: int
     images: list[ImageEntry]
-    storage: StorageEntry
+    storage_key: str
     lost: str | None = None
     members: list[str] = []
+    partitions: bool = False
+    ttl: float | None = None
+    expires: float | None = None
+    while_pid: int | None = None
+    while_pid_start: int | None = None
 
 
-Entry = TypeVar("Entry", DeviceEntry, SnapshotEntry)
+Entry = TypeVar("Entry", DeviceEntry, StorageEntry, SnapshotEntry)
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -130,7 +142,10 @@ class _File(msgspec.Struct, frozen=True):
 
 
 class Catalogue:
-    """The devices and snapshots, in memory and in `directory`. All methods may be called from any thread."""
+    """The devices, snapshots and storages, in memory and in `directory`. All methods may be called from any thread.
+
+    A full file system does not keep an entry from being changed: room for that is set aside.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Reads what is there. `damaged` lists the keys of files that could not be read; they are set aside."""
@@ -141,12 +156,20 @@ class Catalogue:
         for leftover in directory.glob("*.writing"):
             leftover.unlink()
         self._devices = self._load("device", DeviceEntry)
+        self._storages = self._load("storage", StorageEntry)
         self._snapshots = self._load("snapshot", SnapshotEntry)
+        self._spare = SpareFile(directory / "spare")
+        self._last_serial = max([self._read_serial(), *self._serials()])
 
     def devices(self) -> list[DeviceEntry]:
         """All devices in the order in which they were attached."""
         with self._lock:
             return list(self._devices.values())
+
+    def storages(self) -> list[StorageEntry]:
+        """All storages."""
+        with self._lock:
+            return list(self._storages.values())
 
     def snapshots(self) -> list[SnapshotEntry]:
         """All snapshots, oldest first."""
@@ -158,6 +181,11 @@ class Catalogue:
         with self._lock:
             return self._devices.get(key)
 
+    def storage(self, key: str) -> StorageEntry | None:
+        """The storage of a key."""
+        with self._lock:
+            return self._storages.get(key)
+
     def snapshot(self, key: str) -> SnapshotEntry | None:
         """The snapshot of a full id."""
         with self._lock:
@@ -166,43 +194,90 @@ class Catalogue:
     def put_device(self, entry: DeviceEntry) -> None:
         """Adds or replaces a device. Raises OSError; nothing has changed then."""
         with self._lock:
-            self._write("device", entry.key, entry)
-            self._devices[entry.key] = entry
+            self._write("device", entry.key, entry, self._devices)
+
+    def put_storage(self, entry: StorageEntry) -> None:
+        """Adds or replaces a storage. Raises OSError; nothing has changed then."""
+        with self._lock:
+            self._write("storage", entry.key, entry, self._storages)
 
     def put_snapshot(self, entry: SnapshotEntry) -> None:
         """Adds or replaces a snapshot. Raises OSError; nothing has changed then."""
         with self._lock:
-            self._write("snapshot", entry.id, entry)
-            self._snapshots[entry.id] = entry
+            self._write("snapshot", entry.id, entry, self._snapshots)
 
     def remove_device(self, key: str) -> None:
         """Forgets a device."""
         with self._lock:
-            self._devices.pop(key, None)
-            self._path("device", key).unlink(missing_ok=True)
+            self._remove("device", key, self._devices)
+
+    def remove_storage(self, key: str) -> None:
+        """Forgets a storage."""
+        with self._lock:
+            self._remove("storage", key, self._storages)
 
     def remove_snapshot(self, key: str) -> None:
         """Forgets a snapshot."""
         with self._lock:
-            self._snapshots.pop(key, None)
-            self._path("snapshot", key).unlink(missing_ok=True)
+            self._remove("snapshot", key, self._snapshots)
 
-    def next_serial(self) -> int:
-        """A serial that no image has."""
-        used = {image.serial for entry in self.snapshots() for image in entry.images}
-        return next(serial for serial in range(1, len(used) + 2) if serial not in used)
+    def take_serials(self, count: int) -> list[int]:
+        """So many serials, higher than those of all images so far, of which a storage may still hold records.
+
+        They begin again after 2^24, without those that images have. Raises OSError.
+        """
+        with self._lock:
+            used = self._serials()
+            found: list[int] = []
+            last = self._last_serial
+            while len(found) < count:
+                last = last % _SERIAL_MAX + 1
+                if last not in used:
+                    found.append(last)
+            self._replace(self._directory / "serial", b"%d\n" % last, spare=False)
+            self._last_serial = last
+            return found
+
+    def _serials(self) -> set[int]:
+        return {image.serial for entry in self._snapshots.values() for image in entry.images}
+
+    def _read_serial(self) -> int:
+        try:
+            number = int((self._directory / "serial").read_bytes())
+        except (OSError, ValueError):
+            return 0
+        return number if 0 <= number <= _SERIAL_MAX else 0
 
     def _path(self, kind: str, key: str) -> Path:
         return self._directory / f"{kind}-{key}.json"
 
-    def _write(self, kind: str, key: str, entry: DeviceEntry | SnapshotEntry) -> None:
-        path = self._path(kind, key)
+    def _write(self, kind: str, key: str, entry: Entry, among: dict[str, Entry]) -> None:
         body = msgspec.json.encode(entry)
+        text = msgspec.json.encode(_File(_VERSION, zlib.crc32(body), msgspec.Raw(body)))
+        # What is there already can always be changed; what is added leaves the room set aside alone.
+        self._replace(self._path(kind, key), text, spare=key in among)
+        among[key] = entry
+
+    def _replace(self, path: Path, text: bytes, *, spare: bool) -> None:
         writing = path.with_suffix(".writing")
-        descriptor = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(_File(_VERSION, zlib.crc32(body), msgspec.Raw(body))))
+        try:
+            self._spare.ensure(2 * len(text))
+            descriptor = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            writing.unlink(missing_ok=True)
+            if not spare or not self._spare.become(writing, text):
+                raise
         os.rename(writing, path)
+        with suppress(OSError):
+            self._spare.ensure(2 * len(text))
+
+    def _remove(self, kind: str, key: str, among: dict[str, Entry]) -> None:
+        among.pop(key, None)
+        self._path(kind, key).unlink(missing_ok=True)
 
     def _load(self, kind: str, form: type[Entry]) -> dict[str, Entry]:
         found: list[tuple[int, str, Entry]] = []

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from blksnap_ublk.cbt import History
@@ -27,26 +28,51 @@ class Emit(Protocol):
     ) -> None: ...
 
 
-class DeviceLocks:
-    """One lock for each device, and `devices` for changes of the set of them. Held while an operation runs.
-
-    Order: device locks in the order of their keys, then `devices`.
-    """
+class KeyedLocks:
+    """One lock for each key, which exists while somebody holds it or waits for it."""
 
     def __init__(self) -> None:
-        self.devices = threading.Lock()
         self._own = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
+        self._locks: dict[str, _Counted] = {}
 
     @contextmanager
     def holding(self, keys: Iterable[str]) -> Iterator[None]:
-        """Holds the locks of some devices; they wait for other operations on them."""
+        """Holds the locks of some keys, taken in their order, so that several callers never wait for one another."""
         with ExitStack() as stack:
             for key in sorted(set(keys)):
-                with self._own:
-                    lock = self._locks.setdefault(key, threading.Lock())
-                stack.enter_context(lock)
+                stack.enter_context(self._holding(key))
             yield
+
+    @contextmanager
+    def _holding(self, key: str) -> Iterator[None]:
+        with self._own:
+            counted = self._locks.setdefault(key, _Counted())
+            counted.users += 1
+        try:
+            with counted.lock:
+                yield
+        finally:
+            with self._own:
+                counted.users -= 1
+                if counted.users == 0:
+                    del self._locks[key]
+
+
+class DeviceLocks(KeyedLocks):
+    """One lock for each device, by its key, and `devices` for changes of the set of them. Held while an operation runs.
+
+    Order of all locks: device locks, then `devices`, then `Context.storage_locks`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices = threading.Lock()
+
+
+@dataclass
+class _Counted:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
 
 
 @dataclass
@@ -60,7 +86,13 @@ class Context:
     catalogue: Catalogue
     registry: DescriptorRegistry
     emit: Emit
+    hooks: Path | None = None
+    """The directory with what is run before and after a snapshot is taken."""
     locks: DeviceLocks = field(default_factory=DeviceLocks)
+    storage_locks: KeyedLocks = field(default_factory=KeyedLocks)
+    """By storage key while its snapshots come or go, by file while one is opened."""
+    open_storages: set[str] = field(default_factory=set)
+    """Keys of the storages whose descriptors this process holds."""
     histories: dict[str, History] = field(default_factory=dict)
     """By device key."""
     conditions: dict[str, DeviceState] = field(default_factory=dict)

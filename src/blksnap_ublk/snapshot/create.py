@@ -3,45 +3,70 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from blksnap_ublk.cbt import HistoryError
-from blksnap_ublk.errors import BlksnapError, Busy, Failed, Unsupported, UsageError, errno_symbol, from_os_error
-from blksnap_ublk.forms import DeviceState, Freeze, timestamp
+from blksnap_ublk.errors import (
+    BlksnapError,
+    Busy,
+    Failed,
+    NotFound,
+    Unsupported,
+    UsageError,
+    errno_symbol,
+    from_os_error,
+)
+from blksnap_ublk.forms import DeviceState, Freeze, SnapshotState, timestamp
 from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import map_memory, naming, storages
-from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, SnapshotEntry
+from blksnap_ublk.snapshot import lifetime, map_memory, naming, report, storages, taking
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, Served, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
-from blksnap_ublk.snapshot.freeze import Freezer, mounted_on
+from blksnap_ublk.snapshot.hook_run import HookRun
+from blksnap_ublk.snapshot.lifetime import Lifetime
 from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.state_files import PAGE, image_state_bytes
-from blksnap_ublk.snapshot.storage import OpenAreas
 from blksnap_ublk.snapshot.undoing import quietly
 
-GATE_LIMIT_MS = 2000
+_AT_ONCE = 8  # ublk devices that are made at the same time
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM)
+_MORE_ROOM = "destroy snapshots, or restart the daemon with a larger --state-size"
 
 
 @dataclass(frozen=True)
 class CreateOptions:
-    """What a user asks for. `limit` in bytes. Raises UsageError, or Unsupported for what is not possible yet."""
+    """What a user asks for. Raises UsageError, or Unsupported for what is not possible yet.
 
-    specs: Sequence[Spec]
+    Difference storage is either made of `specs`, with `limit` in bytes, or is that of the snapshot whose full id is
+    `join`. `partitions`: those on the images get nodes too. The snapshot ends by itself after `ttl` seconds, or with
+    the process `while_pid`.
+    """
+
+    specs: Sequence[Spec] = ()
     limit: int | None = None
     on_overflow: str = "break"
     freeze: Freeze = Freeze.TRY
+    partitions: bool = False
+    ttl: float | None = None
+    while_pid: int | None = None
+    join: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.specs:
+        if self.join is not None and (self.specs or self.limit is not None):
+            text = "joins the storage of another snapshot, which is as large as it is"
+            raise UsageError(text, subject=f"--storage @{self.join}", advice="leave out --limit and other storage")
+        if not self.specs and self.join is None:
             raise UsageError("no difference storage is named", advice="give --storage or --storage-file")
         if self.limit is not None and self.limit <= 0:
             raise UsageError(f"{self.limit} is not a positive number of bytes", subject="--limit")
@@ -52,19 +77,28 @@ class CreateOptions:
 def create(context: Context, devices: Sequence[DeviceEntry], options: CreateOptions) -> tuple[SnapshotEntry, list[str]]:
     """One snapshot of all `devices` at one instant; the snapshot, and warnings. Its images exist on return.
 
-    Raises Busy, Unsupported, UsageError or Failed; then nothing has changed, but that a change number may be used up.
+    Raises Busy, Unsupported, UsageError, NotFound or Failed, naming the device that is at fault; then nothing has
+    changed, but that change numbers may be used up.
     """
-    with context.locks.holding(device.key for device in devices):
-        members = [_present(context, device) for device in devices]
-        _refuse_unsupported(context, members)
-        try:
-            return _create(context, members, options)
-        except HistoryError as error:
-            raise Failed(str(error)) from None
-        except IoRefused as error:
-            raise _refusal(members, error) from None
-        except OSError as error:
-            raise from_os_error(error) from None
+    if not devices:
+        raise UsageError("no device is named")
+    for n, device in enumerate(devices):
+        if device.key in {other.key for other in devices[:n]}:
+            raise UsageError("is named twice", subject=naming.block_path(device))
+    lasts = lifetime.make(options.ttl, options.while_pid)
+    with HookRun(context.hooks) as hooks:
+        with context.locks.holding(device.key for device in devices):
+            members = [_present(context, device) for device in devices]
+            unit = _common_unit(members)
+            try:
+                entry, warnings = _create(context, members, unit, options, lasts, hooks)
+            except HistoryError as error:
+                raise Failed(str(error)) from None
+            except IoRefused as error:
+                raise Failed(error.strerror or str(error), errno=errno_symbol(error.errno)) from None
+            except OSError as error:
+                raise from_os_error(error, advice=_MORE_ROOM if error.errno in _NO_ROOM else None) from None
+        return entry, [*warnings, *hooks.warnings()]
 
 
 def _present(context: Context, device: DeviceEntry) -> DeviceEntry:
@@ -77,182 +111,172 @@ def _present(context: Context, device: DeviceEntry) -> DeviceEntry:
     return entry
 
 
-def _refuse_unsupported(context: Context, members: Sequence[DeviceEntry]) -> None:
-    if not members:
-        raise UsageError("no device is named")
-    if len({member.key for member in members}) < len(members):
-        raise UsageError("a device is named twice")
-    if len(members) > 1:
-        raise Unsupported("a snapshot of several devices is not supported yet", advice="take one of each device")
-    for member in members:
-        for held in naming.snapshots_of(context.catalogue, member.key):
-            text = f"has the snapshot {held.id}, and a second one at the same time is not supported yet"
-            raise Unsupported(text, subject=naming.block_path(member), advice="destroy that one first")
+def _common_unit(members: Sequence[DeviceEntry]) -> int:
+    """The unit of all members, which is that of their storage."""
+    first = members[0]
+    for member in members[1:]:
+        if member.unit != first.unit:
+            text = f"has a unit of {member.unit} bytes, and {naming.block_path(first)} one of {first.unit}"
+            advice = "take a snapshot of each, or attach both with the same --unit"
+            raise UsageError(text, subject=naming.block_path(member), advice=advice)
+    return first.unit
 
 
 def _create(
-    context: Context, members: Sequence[DeviceEntry], options: CreateOptions
+    context: Context,
+    members: Sequence[DeviceEntry],
+    unit: int,
+    options: CreateOptions,
+    lasts: Lifetime,
+    hooks: HookRun,
 ) -> tuple[SnapshotEntry, list[str]]:
-    snapshot_id = str(uuid.uuid4())
-    unit = max(member.unit for member in members)
+    made = None
     with ExitStack() as undo:
-        former = storages.former_sizes(options.specs)
         entry = SnapshotEntry(
-            id=snapshot_id,
+            id=str(uuid.uuid4()),
             created=timestamp(time.time()),
             phase=Phase.CREATING,
             frozen=False,
             gate_us=0,
             images=[],
-            storage=storages.announce(snapshot_id, options.specs, former, unit=unit, limit=options.limit),
+            storage_key=str(uuid.uuid4()),
             members=[member.key for member in members],
+            partitions=options.partitions,
+            ttl=lasts.ttl,
+            while_pid=lasts.while_pid,
+            while_pid_start=lasts.while_pid_start,
         )
-        undo.callback(context.catalogue.remove_snapshot, snapshot_id)
-        context.catalogue.put_snapshot(entry)
-        opened = storages.open_areas(
-            context, options.specs, limit=options.limit, needed=sum(member.size for member in members), unit=unit
-        )
-        undo.callback(opened.undo)
-        storage = storages.describe(snapshot_id, opened, former, unit=unit, limit=options.limit)
-        entry = msgspec.structs.replace(entry, storage=storage)
-        context.catalogue.put_snapshot(entry)
-        entry = _prepare(context, entry, members, opened, undo)
-        entry, warnings = _take(context, entry, members, opened, options.freeze, undo)
-        for image in entry.images:
-            _start_image(context, image, undo)
+        if options.join is not None:
+            entry = _joined(context, entry, options.join, unit, undo)
+        else:
+            undo.callback(context.catalogue.remove_snapshot, entry.id)
+            context.catalogue.put_snapshot(entry)
+            needed = sum(member.size for member in members)
+            made = storages.make(
+                context, entry.storage_key, options.specs, limit=options.limit, needed=needed, unit=unit, undo=undo
+            )
+
+        def keep() -> None:
+            """Nothing is undone from here on; what is not complete is for `reconcile`."""
+            if made is not None:
+                storages.hold(context, made)
+            undo.pop_all()
+
+        entry = _prepare(context, entry, members, undo)
+        form = report.snapshot_form(context, entry)
+        try:
+            hooks.before(form, context.io.lost)
+            entry, warnings = taking.take(context, entry, members, freeze=options.freeze, undo=undo, keep=keep)
+        except BaseException:
+            hooks.after(form, taken=False)
+            raise
+        hooks.after(report.snapshot_form(context, entry), taken=True)
+        _start_images(context, entry, members, undo)
         entry = msgspec.structs.replace(entry, phase=Phase.ACTIVE)
         context.catalogue.put_snapshot(entry)
-        storages.hold(context, opened)
-        undo.pop_all()
-    context.state.remove(commit_name(snapshot_id))
+        keep()
+    context.state.remove(naming.commit_name(entry.id))
     context.emit(
-        "taken", snapshot=entry.id, device=entry.images[0].filtered, cursors=[cursor(image) for image in entry.images]
+        "taken",
+        snapshot=entry.id,
+        device=naming.only_device(entry),
+        devices=[image.filtered for image in entry.images],
+        cursors=[naming.cursor(image) for image in entry.images],
     )
-    return entry, [*opened.notes, *warnings]
+    return entry, [*(made.opened.notes if made is not None else ()), *warnings]
 
 
-def cursor(image: ImageEntry) -> str:
-    """What a backup of the image remembers."""
-    return f"{image.generation}:{image.change_number}"
+def _joined(context: Context, entry: SnapshotEntry, other_id: str, unit: int, undo: ExitStack) -> SnapshotEntry:
+    """Puts the snapshot into the catalogue as one more that uses the storage of another, which then stays with it."""
+    subject = f"--storage @{other_id}"
+    known = context.catalogue.snapshot(other_id)
+    if known is None:
+        raise NotFound("no such snapshot", subject=subject, advice="`blksnap-ublk snapshot list` shows what is held")
+    entry = msgspec.structs.replace(entry, storage_key=known.storage_key)
+    with context.storage_locks.holding([entry.storage_key]):
+        other = context.catalogue.snapshot(other_id)
+        storage = context.catalogue.storage(entry.storage_key)
+        if other is None or storage is None or other.phase is not Phase.ACTIVE:
+            raise NotFound("it has been destroyed meanwhile", subject=subject)
+        state, why = report.condition(context, other)
+        if state is not SnapshotState.ACTIVE:
+            raise Failed(f"that snapshot is {state.value} ({why})", subject=subject, advice="name storage of its own")
+        if storage.unit != unit:
+            text = f"its unit is {storage.unit} bytes, and that of the devices {unit}"
+            raise UsageError(text, subject=subject, advice="name storage of its own")
+        undo.callback(quietly, storages.leave, context, entry)
+        context.catalogue.put_snapshot(entry)
+    return entry
 
 
-def image_state_name(image: ImageEntry) -> str:
-    """The state file of an image."""
-    return f"image-{image.key}"
-
-
-def commit_name(snapshot_id: str) -> str:
-    """The file whose first word says that the instant was taken."""
-    return f"commit-{snapshot_id}"
-
-
-def _prepare(
-    context: Context, entry: SnapshotEntry, members: Sequence[DeviceEntry], opened: OpenAreas, undo: ExitStack
-) -> SnapshotEntry:
+def _prepare(context: Context, entry: SnapshotEntry, members: Sequence[DeviceEntry], undo: ExitStack) -> SnapshotEntry:
     """Reserves all that the instant and the time after it need, so that nothing can be lacking then."""
-    undo.callback(context.state.remove, commit_name(entry.id))
-    os.close(context.state.create(commit_name(entry.id), PAGE))
-    storages.give(context, entry.storage, opened, undo)
+    undo.callback(context.state.remove, naming.commit_name(entry.id))
+    os.close(context.state.create(naming.commit_name(entry.id), PAGE))
     map_memory.ensure(context, at_least_one=True)
-    images = []
-    for n, member in enumerate(members):
-        origin = blockdev.describe_number(DeviceNumber(*member.number))
-        served = context.disks.add_image(origin)
-        undo.callback(quietly, context.disks.delete, served.ublk_id)
-        history = context.histories[member.key]
-        image = ImageEntry(
+    serials = context.catalogue.take_serials(len(members))
+    disks = _add_disks(context, members, undo, partitions=entry.partitions)
+    images = [
+        ImageEntry(
             key=f"{entry.id}.{n}",
             device=member.key,
             filtered=naming.block_path(member),
             origin=member.origin,
             size=member.size,
             unit=member.unit,
-            serial=context.catalogue.next_serial() + n,
-            generation=str(history.generation),
-            change_number=history.number + 1,
-            served=served,
+            serial=serials[n],
+            generation=str(context.histories[member.key].generation),
+            change_number=context.histories[member.key].number + 1,
+            served=disks[n],
         )
-        images.append(image)
-        entry = msgspec.structs.replace(entry, images=images)
-        context.catalogue.put_snapshot(entry)
-        undo.callback(context.state.remove, image_state_name(image))
-        state = context.state.create(image_state_name(image), image_state_bytes(image.size, image.unit))
-        try:
-            context.io.call(messages.OpenImage(image.key, member.key, entry.storage.key, image.serial), [state])
-        finally:
-            os.close(state)
-        undo.callback(quietly, context.io.end, messages.Drop(image.key))
-        undo.callback(quietly, history.abort)
-        history.prepare()
+        for n, member in enumerate(members)
+    ]
+    entry = msgspec.structs.replace(entry, images=images)
+    context.catalogue.put_snapshot(entry)
+    for member, image in zip(members, images, strict=True):
+        with _told_of(member):
+            _open_image(context, entry, image, undo)
     return entry
 
 
-def _take(
-    context: Context,
-    entry: SnapshotEntry,
-    members: Sequence[DeviceEntry],
-    opened: OpenAreas,
-    freeze: Freeze,
-    undo: ExitStack,
-) -> tuple[SnapshotEntry, list[str]]:
-    """The instant. Afterwards the change numbers are used, whatever happens to the snapshot."""
-    nodes = [os.stat(naming.block_path(member)).st_rdev for member in members]
-    mounted = [] if freeze is Freeze.NO else mounted_on(DeviceNumber.of(node) for node in nodes)
-    with Freezer(mounted, context.io.lost) as freezer, ExitStack() as closing:
-        bitmaps = []
-        for member in members:
-            prepared = context.histories[member.key].prepared
-            assert prepared is not None
-            bitmaps.append(os.open(prepared.path, os.O_RDWR | os.O_CLOEXEC))
-            closing.callback(os.close, bitmaps[-1])
-        commit = context.state.open(commit_name(entry.id))
-        closing.callback(os.close, commit)
-        message = messages.Take(
-            [messages.Member(image.device, image.key) for image in entry.images], limit_ms=GATE_LIMIT_MS
-        )
-        frozen = freezer.freeze()
-        if not frozen and freeze is Freeze.REQUIRE:
-            freezer.thaw()
-            raise Unsupported("; ".join(freezer.warnings), advice="unmount it, or leave out --require-freeze")
-        taken_at = time.time()
-        try:
-            done = context.io.call(message, [*bitmaps, commit])
-        except Failed:
-            # Whether it was taken can be said only when the io process is back.
-            _leave_to_reconcile(context, opened, undo)
-            raise
-        finally:
-            in_time = freezer.thaw()
+def _add_disks(context: Context, members: Sequence[DeviceEntry], undo: ExitStack, *, partitions: bool) -> list[Served]:
+    def add(member: DeviceEntry) -> Served:
+        with _told_of(member):
+            origin = blockdev.describe_number(DeviceNumber(*member.number))
+            served = context.disks.add_image(origin, partitions=partitions)
+            undo.callback(quietly, context.disks.delete, served.ublk_id)
+            return served
+
+    with _threads(members) as threads:
+        return list(threads.map(add, members))
+
+
+def _open_image(context: Context, entry: SnapshotEntry, image: ImageEntry, undo: ExitStack) -> None:
+    name = naming.image_state_name(image)
+    undo.callback(context.state.remove, name)
+    state = context.state.create(name, image_state_bytes(image.size, image.unit))
     try:
-        for image in entry.images:
-            context.histories[image.device].commit(image.change_number)
-    except (OSError, HistoryError):
-        # Writes are marked in the prepared bitmap by now: it must stay.
-        _leave_to_reconcile(context, opened, undo)
-        raise
-    for image in entry.images:
-        undo.callback(quietly, context.histories[image.device].destroy, image.change_number)
-    if not in_time:
-        frozen = False
-        freezer.warnings.append("file systems had to be thawed before the snapshot was taken; it is as after a crash")
-        if freeze is Freeze.REQUIRE:
-            raise Failed("the file systems had to be thawed before the snapshot was taken", advice="try again")
-    entry = msgspec.structs.replace(
-        entry, created=timestamp(taken_at), frozen=frozen and freeze is not Freeze.NO, gate_us=done.gate_us
-    )
-    context.catalogue.put_snapshot(entry)
-    return entry, freezer.warnings
+        context.io.call(messages.OpenImage(image.key, image.device, entry.storage_key, image.serial), [state])
+    finally:
+        os.close(state)
+    undo.callback(quietly, context.io.end, messages.Drop(image.key))
+    history = context.histories[image.device]
+    undo.callback(quietly, history.abort)
+    history.prepare()
 
 
-def _leave_to_reconcile(context: Context, opened: OpenAreas, undo: ExitStack) -> None:
-    """Nothing is undone now: `reconcile` finds out from the commit file whether the instant came, and cleans up."""
-    storages.hold(context, opened)
-    undo.pop_all()
+def _start_images(context: Context, entry: SnapshotEntry, members: Sequence[DeviceEntry], undo: ExitStack) -> None:
+    def start(image: ImageEntry, member: DeviceEntry) -> None:
+        with _told_of(member):
+            assert image.served is not None
+            context.disks.links.image(entry.id, member.name, image.origin, image.served.ublk_id)
+            _start_image(context, image, image.served, undo)
+
+    with _threads(members) as threads:
+        list(threads.map(start, entry.images, members))
 
 
-def _start_image(context: Context, image: ImageEntry, undo: ExitStack) -> None:
-    served = image.served
-    assert served is not None
+def _start_image(context: Context, image: ImageEntry, served: Served, undo: ExitStack) -> None:
     message = messages.ServeImage(
         image=image.key,
         ublk_id=served.ublk_id,
@@ -262,15 +286,32 @@ def _start_image(context: Context, image: ImageEntry, undo: ExitStack) -> None:
         zero_copy=served.zero_copy,
     )
     context.io.call(message)
-    undo.callback(quietly, context.io.end, messages.FinishImage(image.key))
-    undo.callback(quietly, context.disks.stop, served.ublk_id)
+    undo.callback(_end_image, context, image, served)
     context.disks.start(served.ublk_id, context.io.pid)
 
 
-def _refusal(members: Sequence[DeviceEntry], error: IoRefused) -> BlksnapError:
-    late = next((member for member in members if member.key == error.member), None)
-    if late is not None:
-        text = f"writes did not come to rest within {GATE_LIMIT_MS / 1000:g} s"
-        advice = "is the origin slow or stuck? try again"
-        return Busy(text, subject=naming.block_path(late), errno="ETIMEDOUT", advice=advice)
-    return Failed(error.strerror or str(error), errno=errno_symbol(error.errno))
+def _end_image(context: Context, image: ImageEntry, served: Served) -> None:
+    quietly(context.disks.stop, served.ublk_id)
+    quietly(context.io.end, messages.FinishImage(image.key))
+
+
+def _threads(members: Sequence[DeviceEntry]) -> ThreadPoolExecutor:
+    """Leaving it waits for all that was begun."""
+    return ThreadPoolExecutor(min(len(members), _AT_ONCE), thread_name_prefix="image")
+
+
+@contextmanager
+def _told_of(member: DeviceEntry) -> Iterator[None]:
+    """What fails here failed for this member, and the error says so."""
+    path = naming.block_path(member)
+    try:
+        yield
+    except BlksnapError as error:
+        raise (error if path in error.message else type(error)(error.message, subject=path)) from None
+    except HistoryError as error:
+        raise Failed(str(error), subject=path) from None
+    except IoRefused as error:
+        raise Failed(error.strerror or str(error), subject=path, errno=errno_symbol(error.errno)) from None
+    except OSError as error:
+        advice = _MORE_ROOM if error.errno in _NO_ROOM else None
+        raise from_os_error(error, subject=path, advice=advice) from None

@@ -4,27 +4,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from blksnap_ublk.cbt import HistoryError
 from blksnap_ublk.errors import BlksnapError, NotFound, from_os_error
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import create, disks, storages
+from blksnap_ublk.snapshot import disks, naming, storages
 from blksnap_ublk.snapshot.catalogue import ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 
+_HAND_OVER_LIMIT = 600.0  # seconds in which an image hands to older ones what they need; it comes in portions
+_AT_ONCE = 8  # ublk devices that are removed at the same time
 _log = logging.getLogger(__name__)
 
 
 def destroy(context: Context, snapshot: SnapshotEntry, *, force: bool) -> list[str]:
-    """Removes a snapshot; returns warnings. With `force` readers of its images get errors.
+    """Removes a snapshot, whatever others there are; returns warnings. With `force` readers of its images get errors.
 
     Raises Busy naming who has an image open, or when a dead io process may still write to the storage; NotFound when it
     is gone meanwhile, Failed; a snapshot whose removal has begun is removed by the next attempt, or the next start.
     """
-    with context.locks.holding(image.device for image in snapshot.images):
+    with context.locks.holding(devices_of(snapshot)):
         return destroy_locked(context, snapshot, force=force)
+
+
+def devices_of(snapshot: SnapshotEntry) -> set[str]:
+    """The keys of the devices whose locks an operation on it needs."""
+    return {*snapshot.members, *(image.device for image in snapshot.images)}
 
 
 def destroy_locked(context: Context, snapshot: SnapshotEntry, *, force: bool) -> list[str]:
@@ -32,60 +41,70 @@ def destroy_locked(context: Context, snapshot: SnapshotEntry, *, force: bool) ->
     entry = context.catalogue.snapshot(snapshot.id)
     if entry is None:
         raise NotFound("no such snapshot", subject=snapshot.id)
-    warnings: list[str] = []
-    for image in entry.images:
-        if image.served is None or context.disks.state_of(image.served) is None:
-            continue
-        if not force:
-            disks.refuse_used(image.served.ublk_id)
-        users = disks.users(image.served.ublk_id)
-        warnings += [f"/dev/ublkb{image.served.ublk_id}: {user} gets errors from now on" for user in users]
+    warnings = _users(context, entry, force=force)
     if entry.lost is not None:
         storages.refuse_late_writes(context, entry.id)
     entry = msgspec.structs.replace(entry, phase=Phase.DESTROYING)
     context.catalogue.put_snapshot(entry)
     try:
+        _end_disks(context, entry.images, force=force)
         for image in entry.images:
-            _end_image(context, image, force=force)
-            context.io.end(messages.Drop(image.key))
-        storages.drop(context, entry.storage)
+            context.io.end(messages.Drop(image.key), _HAND_OVER_LIMIT)
     except OSError as error:
         raise from_os_error(error, subject=f"snapshot {entry.id}") from None
-    warnings += forget(context, entry)
-    context.emit("destroyed", snapshot=entry.id, device=entry.images[0].filtered if entry.images else None)
-    return warnings
-
-
-def forget(context: Context, entry: SnapshotEntry) -> list[str]:
-    """The part of a removal that needs neither ublk nor the io process: histories, files, the catalogue."""
     for image in entry.images:
-        history = context.histories.get(image.device)
-        if history is not None and image.change_number in history.held:
-            history.destroy(image.change_number)
-            try:
-                history.fold()
-            except (OSError, HistoryError) as error:
-                _log.warning("%s: change tracking keeps more than it needs: %s", image.filtered, error)
-        context.state.remove(create.image_state_name(image))
-    storages.forget(context, entry.storage)
-    warnings = storages.release(context, entry.storage)
-    context.state.remove(create.commit_name(entry.id))
-    context.catalogue.remove_snapshot(entry.id)
+        context.state.remove(naming.image_state_name(image))
+    warnings += storages.leave(context, entry)
+    context.state.remove(naming.commit_name(entry.id))
+    for image in entry.images:
+        _release_number(context, image)
+    devices = [image.filtered for image in entry.images]
+    context.emit("destroyed", snapshot=entry.id, device=naming.only_device(entry), devices=devices)
     return warnings
 
 
-def _end_image(context: Context, image: ImageEntry, *, force: bool) -> None:
-    """Takes the image's disk away."""
-    if image.served is None:
+def _users(context: Context, entry: SnapshotEntry, *, force: bool) -> list[str]:
+    """Says who gets errors; without `force` raises Busy before anything is ended."""
+    warnings = []
+    for image in entry.images:
+        if image.served is None or context.disks.state_of(image.served) is None:
+            continue
+        if not force:
+            disks.refuse_used(image.served.ublk_id)
+        else:
+            users = disks.users(image.served.ublk_id)
+            warnings += [f"/dev/ublkb{image.served.ublk_id}: {user} gets errors from now on" for user in users]
+    return warnings
+
+
+def _end_disks(context: Context, images: Sequence[ImageEntry], *, force: bool) -> None:
+    """Takes the disks of all images away, several at the same time; the first error is raised when all have ended."""
+    if not images:
         return
-    ublk_id = image.served.ublk_id
-    if context.disks.state_of(image.served) is None:
+    with ThreadPoolExecutor(min(len(images), _AT_ONCE), thread_name_prefix="image") as threads:
+        ending = [threads.submit(_end_disk, context, image, force=force) for image in images]
+    for each in ending:
+        each.result()
+
+
+def _end_disk(context: Context, image: ImageEntry, *, force: bool) -> None:
+    if image.served is None or context.disks.state_of(image.served) is None:
         return
-    if not force:
-        disks.refuse_used(ublk_id)
-    context.disks.stop(ublk_id)
+    context.disks.stop(image.served.ublk_id)
     context.io.end(messages.FinishImage(image.key))
-    context.disks.delete(ublk_id, in_use=force)
+    context.disks.delete(image.served.ublk_id, in_use=force)
+
+
+def _release_number(context: Context, image: ImageEntry) -> None:
+    """Its changes stay known; what is no longer told apart is folded. Should room lack, the next start does it."""
+    history = context.histories.get(image.device)
+    if history is None or image.change_number not in history.held:
+        return
+    try:
+        history.destroy(image.change_number)
+        history.fold()
+    except (OSError, HistoryError) as error:
+        _log.warning("%s: change tracking keeps more than it needs: %s", image.filtered, error)
 
 
 def try_destroy(context: Context, entry: SnapshotEntry) -> bool:

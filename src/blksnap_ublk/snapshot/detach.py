@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import msgspec
 
@@ -13,7 +14,7 @@ from blksnap_ublk.host import pagecache
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.snapshot import destroy, disks, naming
-from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
 
@@ -27,15 +28,14 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
     Raises Busy naming who holds it, unless `force`, and when requests of a dead io process are under way; Failed when
     what is cached cannot be written to the origin; then the device goes on.
     """
-    with context.locks.holding([device.key]):
+    with _holding_with_snapshots(context, device.key) as held:
         entry = context.catalogue.device(device.key)
         if entry is None or entry.served is None:
             raise NotFound("has been detached meanwhile", subject=device.origin)
-        held = naming.snapshots_of(context.catalogue, entry.key)
         path = naming.block_path(entry)
         if held and not force:
             named = ", ".join(snapshot.id for snapshot in held)
-            advice = "destroy it first, or use --force"
+            advice = f"destroy {'it' if len(held) == 1 else 'them'} first, or use --force"
             raise Busy(f"in use by snapshot {named}", subject=path, errno="EBUSY", advice=advice)
         _refuse_late_writes(context, entry)
         users = disks.users(entry.served.ublk_id) if context.disks.state_of(entry.served) is not None else []
@@ -44,11 +44,29 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
         warnings = [f"{path}: {user} gets errors from now on" for user in users]
         for snapshot in held:
             warnings += destroy.destroy_locked(context, snapshot, force=True)
-            warnings.append(f"{path}: its snapshot {snapshot.id} was destroyed")
+            warnings.append(f"{path}: its snapshot {snapshot.id} was destroyed{_with_others(snapshot, entry)}")
         _write_back_and_stop(context, entry, force=force)
         warnings += take_apart(context, entry, in_use=force)
     context.emit("detached", device=path, origin=entry.origin, name=entry.name)
     return [snapshot.id for snapshot in held], warnings
+
+
+@contextmanager
+def _holding_with_snapshots(context: Context, key: str) -> Iterator[list[SnapshotEntry]]:
+    """Holds the locks of a device and of all that share a snapshot with it; gives these snapshots, oldest first."""
+    while True:
+        held = naming.snapshots_of(context.catalogue, key)
+        keys = {key}.union(*map(destroy.devices_of, held))
+        with context.locks.holding(keys):
+            held = naming.snapshots_of(context.catalogue, key)
+            if all(destroy.devices_of(snapshot) <= keys for snapshot in held):
+                yield held
+                return
+
+
+def _with_others(snapshot: SnapshotEntry, entry: DeviceEntry) -> str:
+    others = [image.filtered for image in snapshot.images if image.device != entry.key]
+    return f", also of {', '.join(others)}" if others else ""
 
 
 def _refuse_late_writes(context: Context, entry: DeviceEntry) -> None:
@@ -98,6 +116,10 @@ def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> 
         warnings.append(f"cached pages of the origin may be stale: {error}")
     with suppress(OSError):
         context.keeper.drop(f"origin:{entry.key}")
+    try:
+        context.disks.links.origin_released(DeviceNumber(*entry.number))
+    except OSError as error:
+        warnings.append(f"{entry.origin}: its links may not have returned: {error}")
     history = context.histories.pop(entry.key, None)
     if history is not None:
         history.remove()

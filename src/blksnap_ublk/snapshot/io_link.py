@@ -73,12 +73,12 @@ class IoLink:
         except OSError as error:
             raise _gone(error) from None
 
-    def end(self, message: messages.Message) -> None:
+    def end(self, message: messages.Message, seconds: float = _END_LIMIT) -> None:
         """Sends a message that ends something, again while that is still in use; fine when it is gone already.
 
-        Raises Failed when it stays in use for a minute, or the io process has gone.
+        Raises Failed when it stays in use for so long, or the io process has gone.
         """
-        limit = time.monotonic() + _END_LIMIT
+        limit = time.monotonic() + seconds
         while True:
             try:
                 self.call(message)

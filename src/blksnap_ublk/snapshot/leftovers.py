@@ -14,11 +14,13 @@ from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase
+from blksnap_ublk.snapshot import storages
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
 
-_OF_SNAPSHOT = re.compile(r"(?:image|storage|records|commit)-(?P<id>[0-9a-f-]{36})(?:\.[0-9]+)?")
+_OF_SNAPSHOT = re.compile(r"(?:image|commit)-(?P<id>[0-9a-f-]{36})(?:\.[0-9]+)?")
+_OF_STORAGE = re.compile(r"(?:storage|records)-(?P<key>[0-9a-f-]{36})(?:\.[0-9]+)?")
 _OF_DEVICE = re.compile(r"device-(?P<key>[0-9a-f]{8})")
 _PORTION = re.compile(r"map-[0-9]+")
 _log = logging.getLogger(__name__)
@@ -52,10 +54,13 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
     inventory = context.io.inventory()
     names = _held_names(context)
     files = context.state.names()
+    known_storages = context.catalogue.storages()
     snapshots = {entry.id for entry in context.catalogue.snapshots()}
     _remove_images(context, inventory, snapshots, keys)
+    _release_storages(context, known_storages)
+    storage_keys = _storage_keys(context)
     for storage in inventory.storages:
-        if storage.storage not in snapshots:
+        if storage.storage not in storage_keys:
             _tried(f"storage {storage.storage}", context, messages.CloseStorage(storage.storage))
     devices = {entry.key for entry in context.catalogue.devices()}
     for device in inventory.devices:
@@ -64,8 +69,8 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
     _remove_unstarted(context, keys)
     _release_numbers(context, keys)
     devices |= {report.device for report in inventory.devices}
-    _remove_descriptors(context, names, snapshots, devices)
-    _remove_files(context, files, inventory, snapshots, devices)
+    _remove_descriptors(context, names, storage_keys, devices)
+    _remove_files(context, files, inventory, snapshots | storage_keys, devices)
 
 
 def _rebuilt(context: Context, key: str, ublk_id: int) -> DeviceEntry:
@@ -108,6 +113,29 @@ def _remove_images(
             context.io.end(messages.Drop(image.image))
         except (OSError, BlksnapError) as error:
             _log.error("image %s: %s", image.image, error)
+
+
+def _release_storages(context: Context, found: Collection[StorageEntry]) -> None:
+    """Storages that no snapshot uses, for instance because its entry was damaged: their files are cut back."""
+    for storage in found:
+        with context.storage_locks.holding([storage.key]):
+            # A snapshot is in the catalogue before its storage, and goes after it.
+            if context.catalogue.storage(storage.key) is None or storage.key in _users(context):
+                continue
+            _log.error("storage %s belongs to no snapshot that is known: released", storage.key)
+            try:
+                for warning in storages.release(context, storage):
+                    _log.warning("%s", warning)
+            except (OSError, BlksnapError) as error:
+                _log.error("storage %s: %s", storage.key, error)
+
+
+def _users(context: Context) -> set[str]:
+    return {entry.storage_key for entry in context.catalogue.snapshots()}
+
+
+def _storage_keys(context: Context) -> set[str]:
+    return _users(context) | {storage.key for storage in context.catalogue.storages()}
 
 
 def _remove_unstarted(context: Context, keys: Collection[str]) -> None:
@@ -155,12 +183,12 @@ def _held_names(context: Context) -> list[str]:
 
 
 def _remove_descriptors(
-    context: Context, names: Collection[str], snapshots: Collection[str], devices: Collection[str]
+    context: Context, names: Collection[str], storage_keys: Collection[str], devices: Collection[str]
 ) -> None:
     for name in names:
         kind, _, rest = name.partition(":")
         key = rest.partition(":")[0]
-        if (kind == "origin" and key not in devices) or (kind == "storage" and key not in snapshots):
+        if (kind == "origin" and key not in devices) or (kind == "storage" and key not in storage_keys):
             with suppress(OSError):
                 context.keeper.drop(name)
 
@@ -169,13 +197,16 @@ def _remove_files(
     context: Context,
     files: Collection[str],
     inventory: messages.Inventory,
-    snapshots: Collection[str],
+    known: Collection[str],
     devices: Collection[str],
 ) -> None:
+    """`known`: the ids of snapshots and the keys of storages."""
     for name in files:
-        of_snapshot, of_device = _OF_SNAPSHOT.fullmatch(name), _OF_DEVICE.fullmatch(name)
+        of_snapshot, of_storage = _OF_SNAPSHOT.fullmatch(name), _OF_STORAGE.fullmatch(name)
+        of_device = _OF_DEVICE.fullmatch(name)
         unknown = (
-            (of_snapshot is not None and of_snapshot["id"] not in snapshots)
+            (of_snapshot is not None and of_snapshot["id"] not in known)
+            or (of_storage is not None and of_storage["key"] not in known)
             or (of_device is not None and of_device["key"] not in devices)
             or (_PORTION.fullmatch(name) is not None and name not in inventory.portions)
         )

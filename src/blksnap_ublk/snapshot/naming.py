@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which device or snapshot a user means."""
+"""Which device or snapshot a user means, and what the files that belong to one are called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from blksnap_ublk.errors import NotFound, UsageError
-from blksnap_ublk.snapshot.catalogue import Catalogue, DeviceEntry, Phase, SnapshotEntry
+from blksnap_ublk.snapshot.catalogue import Catalogue, DeviceEntry, ImageEntry, Phase, SnapshotEntry
 
 _PREFIX = re.compile(r"[0-9a-f-]{4,36}")
 
@@ -17,6 +17,26 @@ def block_path(entry: DeviceEntry) -> str:
     """The filtered device of a device that has one."""
     assert entry.served is not None
     return f"/dev/ublkb{entry.served.ublk_id}"
+
+
+def cursor(image: ImageEntry) -> str:
+    """What a backup of the image remembers."""
+    return f"{image.generation}:{image.change_number}"
+
+
+def only_device(entry: SnapshotEntry) -> str | None:
+    """The filtered device of a snapshot of one; None for one of several."""
+    return entry.images[0].filtered if len(entry.images) == 1 else None
+
+
+def image_state_name(image: ImageEntry) -> str:
+    """The state file of an image."""
+    return f"image-{image.key}"
+
+
+def commit_name(snapshot_id: str) -> str:
+    """The state file whose first word says that the instant of a snapshot came."""
+    return f"commit-{snapshot_id}"
 
 
 def served_devices(catalogue: Catalogue) -> list[DeviceEntry]:
@@ -62,6 +82,11 @@ def find_snapshot(catalogue: Catalogue, text: str) -> SnapshotEntry:
 def snapshots_of(catalogue: Catalogue, device: str) -> list[SnapshotEntry]:
     """All snapshots with an image of the device of that key, oldest first."""
     return [entry for entry in catalogue.snapshots() if any(image.device == device for image in entry.images)]
+
+
+def snapshots_in(catalogue: Catalogue, storage: str) -> list[SnapshotEntry]:
+    """All snapshots whose old data is kept in the storage of that key, oldest first."""
+    return [entry for entry in catalogue.snapshots() if entry.storage_key == storage]
 
 
 def _by_number(devices: Sequence[DeviceEntry], path: str) -> DeviceEntry | None:

@@ -20,7 +20,7 @@ from blksnap_ublk.errors import BlksnapError, Failed, from_os_error
 from blksnap_ublk.forms import DeviceState
 from blksnap_ublk.host import claim
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import attach, create, destroy, detach, leftovers, naming, storages
+from blksnap_ublk.snapshot import attach, destroy, detach, leftovers, naming, storages
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState as KernelState
@@ -61,6 +61,7 @@ def reconcile(context: Context) -> None:
                 going = detach.resume if device.phase is Phase.DESTROYING else detach.take_apart
                 _guarded(device.origin, going, context, device)
         _guarded("removing what is left over", leftovers.remove_unknown, context, keys)
+        _guarded("making links again", context.disks.sweep_links, context.catalogue)
 
 
 def try_again(context: Context) -> None:
@@ -78,7 +79,7 @@ def try_again(context: Context) -> None:
             snapshot.phase is Phase.ACTIVE and not any(each.served for each in snapshot.images)
         ):
             continue
-        with context.locks.holding(image.device for image in snapshot.images), suppress(BlksnapError):
+        with context.locks.holding(destroy.devices_of(snapshot)), suppress(BlksnapError):
             entry = context.catalogue.snapshot(snapshot.id)
             if entry is not None and _end_images(context, entry) and entry.phase is not Phase.ACTIVE:
                 destroy.destroy_locked(context, entry, force=True)
@@ -87,7 +88,7 @@ def try_again(context: Context) -> None:
 def settle_take(context: Context, snapshot: SnapshotEntry) -> None:
     """Ends the take that a snapshot was in the middle of: forward if its instant came, back if not."""
     try:
-        descriptor = context.state.open(create.commit_name(snapshot.id))
+        descriptor = context.state.open(naming.commit_name(snapshot.id))
     except FileNotFoundError:
         return
     with os.fdopen(descriptor, "rb") as file:
@@ -219,7 +220,7 @@ def _claimed_origin(context: Context, device: DeviceEntry) -> int:
 
 def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: messages.Inventory) -> None:
     """Keeps a snapshot that lives in the io process; otherwise it is corrupted, and its images end."""
-    died = not any(report.storage == snapshot.storage.key for report in inventory.storages)
+    died = not any(report.storage == snapshot.storage_key for report in inventory.storages)
     if snapshot.phase is not Phase.ACTIVE:
         if died and snapshot.lost is None:
             # Should the rest of its removal have to wait, it can be seen, and removed by its users.
@@ -230,13 +231,13 @@ def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: mess
         return
     known = {report.image for report in inventory.images if report.taken and report.serving}
     if all(image.key in known for image in snapshot.images):
-        storages.adopt(context, snapshot.storage)
-        context.state.remove(create.commit_name(snapshot.id))
+        storages.adopt(context, storages.of(context, snapshot))
+        context.state.remove(naming.commit_name(snapshot.id))
         return
     if snapshot.lost is None:
         snapshot = msgspec.structs.replace(snapshot, lost=_DIED)
         context.catalogue.put_snapshot(snapshot)
-        context.emit("corrupted", snapshot=snapshot.id, device=snapshot.images[0].filtered, error=snapshot.lost)
+        context.emit("corrupted", snapshot=snapshot.id, device=naming.only_device(snapshot), error=snapshot.lost)
     _end_images(context, snapshot)
 
 

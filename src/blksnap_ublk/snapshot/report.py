@@ -12,11 +12,12 @@ from blksnap_ublk.forms import DataPath, DeviceState, SnapshotState
 from blksnap_ublk.snapshot import naming, storages
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
-from blksnap_ublk.snapshot.create import cursor, image_state_name
+from blksnap_ublk.snapshot.naming import cursor, image_state_name
+from blksnap_ublk.snapshot.role import Role
 from blksnap_ublk.snapshot.state_files import ImageState, ImageStatus
 
 Forecast = Callable[[str, int, int], float | None]
-"""From snapshot id, bytes used and capacity to the seconds until it is full."""
+"""From the key of a storage, bytes used and capacity to the seconds until it is full."""
 
 
 def device_form(context: Context, entry: DeviceEntry) -> forms.Device:
@@ -38,6 +39,7 @@ def device_form(context: Context, entry: DeviceEntry) -> forms.Device:
         tracking_block=entry.tracking_block,
         unit=entry.unit,
         snapshots=[snapshot.id for snapshot in naming.snapshots_of(context.catalogue, entry.key)],
+        link=_link(Role.of_filtered(entry.name, entry.origin)),
     )
 
 
@@ -52,8 +54,12 @@ def snapshot_form(context: Context, entry: SnapshotEntry, forecast: Forecast = l
         error=error,
         frozen=entry.frozen,
         gate_us=entry.gate_us,
-        images=[_image_form(image, found) for image, found in zip(entry.images, states, strict=True)],
+        images=[_image_form(context, entry, image, found) for image, found in zip(entry.images, states, strict=True)],
         storage=_storage_form(context, entry, forecast),
+        expires=None if entry.expires is None else forms.timestamp(entry.expires),
+        ttl=entry.ttl,
+        while_pid=entry.while_pid,
+        partitions=entry.partitions,
     )
 
 
@@ -63,6 +69,8 @@ def condition(context: Context, entry: SnapshotEntry) -> tuple[SnapshotState, st
         return SnapshotState.CORRUPTED, entry.lost
     if entry.phase is Phase.DESTROYING:
         return SnapshotState.CORRUPTED, "it is being destroyed"
+    if entry.phase is Phase.CREATING:
+        return SnapshotState.ACTIVE, None
     for image in entry.images:
         found = context.state.image_state(image_state_name(image))
         status = ImageStatus.CORRUPTED if found is None else found.status
@@ -82,6 +90,8 @@ _STATES = {
 
 def _image_state(context: Context, entry: SnapshotEntry, image: ImageEntry) -> ImageState:
     found = context.state.image_state(image_state_name(image))
+    if entry.phase is Phase.CREATING:
+        return ImageState(ImageStatus.ACTIVE, 0, 0)
     if found is None or entry.lost is not None:
         return ImageState(ImageStatus.CORRUPTED, errno.EIO, found.preserved if found else 0)
     return found
@@ -91,7 +101,7 @@ def _reason(context: Context, entry: SnapshotEntry, image: ImageEntry, found: Im
     if found is None:
         return f"the state of the image of {image.origin} cannot be read"
     if found.error == errno.ENOSPC:
-        _, capacity = storages.used_bytes(context, entry.storage)
+        _, capacity = storages.used_bytes(context, storages.of(context, entry))
         return f"difference storage is full ({_size(capacity)})"
     if found.error == errno.ENOMEM:
         return "map memory is used up (ENOMEM)"
@@ -101,7 +111,8 @@ def _reason(context: Context, entry: SnapshotEntry, image: ImageEntry, found: Im
     return f"preserving old data of {image.origin} failed: {os.strerror(found.error)} ({symbol})"
 
 
-def _image_form(image: ImageEntry, state: ImageState) -> forms.Image:
+def _image_form(context: Context, entry: SnapshotEntry, image: ImageEntry, state: ImageState) -> forms.Image:
+    device = context.catalogue.device(image.device)
     node = f"/dev/ublkb{image.served.ublk_id}" if image.served is not None else ""
     return forms.Image(
         image=node,
@@ -113,11 +124,12 @@ def _image_form(image: ImageEntry, state: ImageState) -> forms.Image:
         cursor=cursor(image),
         state=_STATES[state.status],
         preserved_bytes=state.preserved,
+        link=None if device is None else _link(Role.of_image(entry.id, device.name, image.origin)),
     )
 
 
 def _storage_form(context: Context, entry: SnapshotEntry, forecast: Forecast) -> forms.Storage:
-    storage = entry.storage
+    storage = storages.of(context, entry)
     used, capacity = storages.used_bytes(context, storage)
     return forms.Storage(
         used=sum(used),
@@ -128,8 +140,14 @@ def _storage_form(context: Context, entry: SnapshotEntry, forecast: Forecast) ->
             forms.Area(path=area.path, start=area.offset // 512, count=area.length // 512, used=bytes_used)
             for area, bytes_used in zip(storage.areas, used, strict=True)
         ],
-        forecast_seconds=forecast(entry.id, sum(used), capacity),
+        forecast_seconds=forecast(storage.key, sum(used), capacity),
+        snapshots=[each.id for each in naming.held_snapshots(context.catalogue) if each.storage_key == storage.key],
     )
+
+
+def _link(role: Role) -> str | None:
+    path = f"/dev/{role.link}"
+    return path if os.path.islink(path) else None
 
 
 def _size(count: int) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The difference storage of a snapshot: opened, kept by the keeper, given to the io process, and released again."""
+"""Difference storages: opened, kept by the keeper, given to the io process; released with their last snapshot."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import stat
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blksnap_ublk.errors import BlksnapError, Busy, Failed
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.keeper.ring_locks import RingLocks
-from blksnap_ublk.snapshot import host_view
-from blksnap_ublk.snapshot.catalogue import AreaEntry, StorageEntry
+from blksnap_ublk.snapshot import host_view, naming
+from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import Spec
-from blksnap_ublk.snapshot.state_files import records_bytes, storage_state_bytes
+from blksnap_ublk.snapshot.state_files import PAGE, records_bytes, storage_state_bytes
 from blksnap_ublk.snapshot.storage import AreaKind, Identity, OpenArea, OpenAreas, UsedRange, open_storage
 from blksnap_ublk.snapshot.storage.files import write_ahead
 from blksnap_ublk.snapshot.undoing import quietly
@@ -30,136 +30,99 @@ WRITE_AHEAD = 128 << 20
 _LATE_WRITES_LIMIT = 1.0  # seconds for the storage to end what a dead io process has sent it
 
 
-def open_areas(context: Context, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int) -> OpenAreas:
-    """Opens what the user named, apart from what is in use by us. All sizes in bytes. Raises BlksnapError."""
-    try:
-        return _open(context, [replace(spec, path=host_view.find(spec.path)) for spec in specs], limit, needed, unit)
-    except BlksnapError as error:
-        raise type(error)(host_view.name(error.message)) from None
+@dataclass(frozen=True)
+class NewStorage:
+    """A storage in the making: its entry, and the areas as they were opened."""
+
+    entry: StorageEntry
+    opened: OpenAreas
 
 
-def _open(context: Context, specs: Sequence[Spec], limit: int | None, needed: int, unit: int) -> OpenAreas:
-    return open_storage(
-        specs,
-        registry=context.registry,
-        off_limits=_off_limits(context),
-        used=used_ranges(context),
-        limit=limit,
-        needed=needed,
-        unit=unit,
-    )
+def make(
+    context: Context, key: str, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int, undo: ExitStack
+) -> NewStorage:
+    """Opens what the user named and makes it known to the keeper and the io process. All sizes in bytes.
 
-
-def former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
-    """The sizes of the files that are named; -1 for one that does not exist yet."""
-    found = {}
-    for spec in specs:
-        try:
-            found[spec.path] = Path(host_view.find(spec.path)).stat().st_size
-        except OSError:
-            found[spec.path] = -1
-    return found
-
-
-def announce(key: str, specs: Sequence[Spec], former: dict[str, int], *, unit: int, limit: int | None) -> StorageEntry:
-    """The catalogue's entry before anything is opened: all that it says is which files may be made longer.
-
-    So they are cut back should this process die before there is more to say.
+    The caller ends with `hold`. Raises BlksnapError, IoRefused, OSError; `undo` then takes everything back.
     """
-    areas = []
-    for path in dict.fromkeys(spec.path for spec in specs if former[spec.path] >= 0):
-        with suppress(OSError):
-            status = os.stat(host_view.find(path))
-            if stat.S_ISREG(status.st_mode):
-                device = DeviceNumber.of(status.st_dev)
-                number = (device.major, device.minor)
-                areas.append(AreaEntry(path, "", number, status.st_ino, 0, 0, former_size=former[path]))
-    return StorageEntry(key=key, unit=unit, limit=limit, on_overflow="break", areas=areas)
+    with context.storage_locks.holding(_files_of(specs)):
+        former = _former_sizes(specs)
+        undo.callback(context.catalogue.remove_storage, key)
+        context.catalogue.put_storage(_announced(key, specs, former, unit=unit, limit=limit))
+        opened = _open(context, specs, limit=limit, needed=needed, unit=unit)
+        undo.callback(opened.undo)
+        areas = [_area_entry(_descriptor_name(key, n), area, former) for n, area in enumerate(opened.areas)]
+        entry = StorageEntry(key=key, unit=unit, limit=limit, on_overflow="break", areas=areas)
+        context.catalogue.put_storage(entry)
+    _give(context, entry, opened, undo)
+    return NewStorage(entry, opened)
 
 
-def describe(key: str, opened: OpenAreas, former: dict[str, int], *, unit: int, limit: int | None) -> StorageEntry:
-    """The catalogue's entry of a storage named `key`."""
-    return StorageEntry(
-        key=key,
-        unit=unit,
-        limit=limit,
-        on_overflow="break",
-        areas=[_area_entry(f"storage:{key}:{n}", area, former) for n, area in enumerate(opened.areas)],
-    )
-
-
-def give(context: Context, storage: StorageEntry, opened: OpenAreas, undo: ExitStack) -> None:
-    """Puts the descriptors with the keeper and makes the storage known to the io process.
-
-    Raises Failed, IoRefused, OSError; `undo` then takes everything back.
-    """
-    undo.callback(quietly, drop, context, storage)
-    ahead = WRITE_AHEAD
-    for entry, area in zip(storage.areas, opened.areas, strict=True):
-        context.keeper.put(entry.descriptor, area.fd)
-        if not area.written:
-            length = min(area.length, ahead) // area.alignment * area.alignment
-            write_ahead(area.fd, area.start_byte, length)
-            ahead -= length
-    state = context.state.create(_state_name(storage), storage_state_bytes())
-    try:
-        context.io.call(messages.OpenStorage(storage.key, storage.unit), [state])
-    finally:
-        os.close(state)
-    for n, area in enumerate(opened.areas):
-        records = context.state.create(_records_name(storage, n), records_bytes(area.length, storage.unit))
-        try:
-            message = messages.AddArea(storage.key, area.start_byte, area.length)
-            context.io.call(message, [area.fd, records])
-        finally:
-            os.close(records)
-
-
-def hold(context: Context, opened: OpenAreas) -> None:
-    """Ends the life of `opened` as an object; `release` gives its files back, in this process or in the next."""
-    for area in opened.areas:
+def hold(context: Context, made: NewStorage) -> None:
+    """Ends the life of `made` as an object; `leave` gives its files back, in this process or in the next."""
+    for area in made.opened.areas:
         context.registry.adopt(area.identity, area.fd)
-    opened.close()
+    context.open_storages.add(made.entry.key)
+    made.opened.close()
 
 
-def drop(context: Context, storage: StorageEntry) -> None:
-    """Takes a storage from the io process and the keeper, and removes its state files; repeatable. Raises Failed."""
-    context.io.end(messages.CloseStorage(storage.key))
-    forget(context, storage)
+def adopt(context: Context, storage: StorageEntry) -> None:
+    """After a restart of this process: takes the descriptors back from the keeper. Raises Failed."""
+    if storage.key in context.open_storages:
+        return
+    with ExitStack() as undo:
+        for area in storage.areas:
+            try:
+                descriptor = context.keeper.get(area.descriptor)
+            except OSError as error:
+                raise Failed("the storage is no longer held", subject=area.path, errno="ENOENT") from error
+            identity = _identity(area)
+            context.registry.adopt(identity, descriptor)
+            undo.callback(context.registry.release, identity)
+        undo.pop_all()
+    context.open_storages.add(storage.key)
 
 
-def forget(context: Context, storage: StorageEntry) -> None:
-    """The part of `drop` that needs no io process."""
-    context.state.remove(_state_name(storage))
-    for n, area in enumerate(storage.areas):
-        context.state.remove(_records_name(storage, n))
-        with suppress(OSError):
-            context.keeper.drop(area.descriptor)
+def leave(context: Context, snapshot: SnapshotEntry) -> list[str]:
+    """Takes a snapshot, whose images the io process has dropped, out of the catalogue, and with the last one of its
+    storage the storage: its files are closed, and cut back where they were made longer for it.
+
+    Returns what could not be done, in words. Raises Failed; it may be called again then.
+    """
+    key = snapshot.storage_key
+    with context.storage_locks.holding([key]):
+        warnings = []
+        if all(other.id == snapshot.id for other in naming.snapshots_in(context.catalogue, key)):
+            warnings = release(context, of(context, snapshot))
+        context.catalogue.remove_snapshot(snapshot.id)
+    return warnings
 
 
 def release(context: Context, storage: StorageEntry) -> list[str]:
-    """After `drop`: closes the files and cuts back those that were made for it; what could not be done, in words."""
+    """Ends a storage that no snapshot uses, for a caller that holds its lock; as `leave`."""
+    _drop(context, storage)
     warnings = []
+    held = storage.key in context.open_storages
+    context.open_storages.discard(storage.key)
     for area in storage.areas:
-        if area.length:
-            with suppress(KeyError):
-                context.registry.release(Identity(DeviceNumber(*area.filesystem), area.inode))
+        if held:
+            context.registry.release(_identity(area))
         if area.former_size is not None:
             try:
                 _restore(area)
             except OSError as error:
                 warnings.append(f"{area.path}: could not be cut back to its former size: {error.strerror}")
+    context.catalogue.remove_storage(storage.key)
     return warnings
 
 
-def adopt(context: Context, storage: StorageEntry) -> None:
-    """After a restart of this process: takes the descriptors back from the keeper. Raises Failed."""
-    for area in storage.areas:
-        try:
-            descriptor = context.keeper.get(area.descriptor)
-        except OSError as error:
-            raise Failed("the storage is no longer held", subject=area.path, errno="ENOENT") from error
-        context.registry.adopt(Identity(DeviceNumber(*area.filesystem), area.inode), descriptor)
+def of(context: Context, snapshot: SnapshotEntry) -> StorageEntry:
+    """The storage of a snapshot; one without areas where its entry was damaged."""
+    found = context.catalogue.storage(snapshot.storage_key)
+    if found is not None:
+        return found
+    unit = snapshot.images[0].unit if snapshot.images else PAGE
+    return StorageEntry(key=snapshot.storage_key, unit=unit, limit=None, on_overflow="break", areas=[])
 
 
 def refuse_late_writes(context: Context, snapshot: str) -> None:
@@ -181,33 +144,148 @@ def refuse_late_writes(context: Context, snapshot: str) -> None:
 
 def used_bytes(context: Context, storage: StorageEntry) -> tuple[list[int], int]:
     """Bytes used in each area, and the capacity of all, as the io process last wrote them."""
-    unit = storage.unit
-    places = [area.length // unit for area in storage.areas]
-    state = context.state.storage_state(_state_name(storage))
-    left = state.used if state is not None else 0
-    used = []
-    for count in places:
-        used.append(min(left, count) * unit)
-        left -= min(left, count)
-    return used, sum(places) * unit
+    state = context.state.storage_state(_state_name(storage.key))
+    places = state.areas if state is not None else ()
+    used = [count * storage.unit for count in places[: len(storage.areas)]]
+    used += [0] * (len(storage.areas) - len(used))
+    return used, sum(area.length // storage.unit for area in storage.areas) * storage.unit
 
 
 def used_ranges(context: Context) -> list[UsedRange]:
     """What all difference storages hold."""
     return [
-        UsedRange(Identity(DeviceNumber(*area.filesystem), area.inode), area.offset, area.length)
-        for entry in context.catalogue.snapshots()
-        for area in entry.storage.areas
+        UsedRange(_identity(area), area.offset, area.length)
+        for storage in context.catalogue.storages()
+        for area in storage.areas
         if area.length
     ]
 
 
-def _state_name(storage: StorageEntry) -> str:
-    return f"storage-{storage.key}"
+def file_systems(context: Context) -> set[DeviceNumber]:
+    """The device numbers (st_dev) of the file systems that hold difference storage."""
+    return {
+        DeviceNumber(*area.filesystem)
+        for storage in context.catalogue.storages()
+        for area in storage.areas
+        if area.inode
+    }
 
 
-def _records_name(storage: StorageEntry, n: int) -> str:
-    return f"records-{storage.key}.{n}"
+def _files_of(specs: Sequence[Spec]) -> set[str]:
+    """What must not be opened by two at once: the names of locks."""
+    found = set()
+    for spec in specs:
+        path = host_view.find(spec.path)
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.add(os.path.realpath(path))
+            continue
+        if stat.S_ISBLK(status.st_mode):
+            found.add(f"device {status.st_rdev}")
+        elif stat.S_ISREG(status.st_mode):
+            found.add(f"file {status.st_dev} {status.st_ino}")
+    return found
+
+
+def _open(context: Context, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int) -> OpenAreas:
+    try:
+        return open_storage(
+            [replace(spec, path=host_view.find(spec.path)) for spec in specs],
+            registry=context.registry,
+            off_limits=_off_limits(context),
+            used=used_ranges(context),
+            limit=limit,
+            needed=needed,
+            unit=unit,
+        )
+    except BlksnapError as error:
+        raise type(error)(host_view.name(error.message)) from None
+
+
+def _former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
+    """The sizes of the files that are named; -1 for one that does not exist yet."""
+    found = {}
+    for spec in specs:
+        try:
+            found[spec.path] = Path(host_view.find(spec.path)).stat().st_size
+        except OSError:
+            found[spec.path] = -1
+    return found
+
+
+def _announced(
+    key: str, specs: Sequence[Spec], former: dict[str, int], *, unit: int, limit: int | None
+) -> StorageEntry:
+    """The catalogue's entry before anything is opened: all that it says is which files may be made longer.
+
+    So they are cut back should this process die before there is more to say.
+    """
+    areas = []
+    for path in dict.fromkeys(spec.path for spec in specs if former[spec.path] >= 0):
+        with suppress(OSError):
+            status = os.stat(host_view.find(path))
+            if stat.S_ISREG(status.st_mode):
+                device = DeviceNumber.of(status.st_dev)
+                number = (device.major, device.minor)
+                areas.append(AreaEntry(path, "", number, status.st_ino, 0, 0, former_size=former[path]))
+    return StorageEntry(key=key, unit=unit, limit=limit, on_overflow="break", areas=areas)
+
+
+def _give(context: Context, storage: StorageEntry, opened: OpenAreas, undo: ExitStack) -> None:
+    """Puts the descriptors with the keeper and makes the storage known to the io process."""
+    undo.callback(quietly, _drop, context, storage)
+    ahead = WRITE_AHEAD
+    for entry, area in zip(storage.areas, opened.areas, strict=True):
+        context.keeper.put(entry.descriptor, area.fd)
+        if not area.written:
+            length = min(area.length, ahead) // area.alignment * area.alignment
+            write_ahead(area.fd, area.start_byte, length)
+            ahead -= length
+    state = context.state.create(_state_name(storage.key), storage_state_bytes())
+    try:
+        context.io.call(messages.OpenStorage(storage.key, storage.unit), [state])
+    finally:
+        os.close(state)
+    for n, area in enumerate(opened.areas):
+        records = context.state.create(_records_name(storage.key, n), records_bytes(area.length, storage.unit))
+        try:
+            message = messages.AddArea(storage.key, area.start_byte, area.length)
+            context.io.call(message, [area.fd, records])
+        finally:
+            os.close(records)
+
+
+def _drop(context: Context, storage: StorageEntry) -> None:
+    """Takes a storage from the io process and the keeper, and removes its state files; repeatable. Raises Failed."""
+    context.io.end(messages.CloseStorage(storage.key))
+    context.state.remove(_state_name(storage.key))
+    prefix = _records_name(storage.key, None)
+    for name in context.state.names():
+        if name.startswith(prefix):
+            context.state.remove(name)
+    with suppress(OSError):
+        for name in context.keeper.names():
+            if name.startswith(_descriptor_name(storage.key, None)):
+                context.keeper.drop(name)
+
+
+def _state_name(key: str) -> str:
+    return f"storage-{key}"
+
+
+def _records_name(key: str, n: int | None) -> str:
+    """Of area `n`; with None what the names of all begin with."""
+    return f"records-{key}." + ("" if n is None else str(n))
+
+
+def _descriptor_name(key: str, n: int | None) -> str:
+    """The same for what the keeper holds."""
+    return f"storage:{key}:" + ("" if n is None else str(n))
+
+
+def _identity(area: AreaEntry) -> Identity:
+    return Identity(DeviceNumber(*area.filesystem), area.inode)
 
 
 def _area_entry(descriptor: str, area: OpenArea, former: dict[str, int]) -> AreaEntry:

@@ -86,7 +86,10 @@ def test_create_prints_the_uuid_or_the_images(shell: Shell) -> None:
 def test_create_passes_its_options_on(shell: Shell, options: str, freeze: forms.Freeze) -> None:
     shell.good("attach /dev/sdb")
     shell.good(f"snapshot create sdb --storage /a --storage /b --limit 2T --on-overflow break {options}")
-    assert shell.service.requests == [("create_snapshot", (["/a", "/b"], [], 2 << 40, "break", freeze))]
+    assert shell.service.requests == [
+        ("create_snapshot", (["/a", "/b"], [], 2 << 40, "break", freeze)),
+        ("lifetime", (False, None, None)),
+    ]
 
 
 def test_warnings_do_not_get_into_the_result(shell: Shell) -> None:
@@ -105,6 +108,23 @@ def test_snapshot_list_and_show(taken: Shell) -> None:
     shown = taken.good("snapshot show abcd").out
     for part in (SNAPSHOT, "412 µs", "4K of 1M (0 %)", "/dev/ublkb100", f"{GENERATION}:1", "/var/diff:0+2048", "1G"):
         assert part in shown
+
+
+def test_a_snapshot_that_ends_by_itself(shell: Shell) -> None:
+    shell.good("attach /dev/sdb")
+    pid = os.getpid()
+    created = shell.good(f"snapshot create sdb --storage @abcd --partitions --ttl 2h --while-pid {pid} --json").json
+    assert shell.service.requests[0][1] == (["@abcd"], [], None, "break", forms.Freeze.TRY)
+    assert shell.service.requests[1] == ("lifetime", (True, 7200.0, pid))
+    assert (created["expires"], created["ttl"]) == ("2026-01-31T14:00:00.000000Z", 7200)
+    assert (created["while_pid"], created["partitions"]) == (pid, True)
+    shown = shell.good("snapshot show abcd").out
+    assert f"2026-01-31T14:00:00.000000Z or with {pid}" in shown
+    assert f"/dev/blksnap/{SNAPSHOT}/sdb" in shown
+    assert f" with {pid} " in shell.good("snapshot list").out
+    assert shell.good("snapshot renew abcd").out == ""
+    renewed = shell.good("snapshot renew abcd --ttl 10m --json").json
+    assert (renewed["id"], renewed["ttl"], renewed["expires"]) == (SNAPSHOT, 600, "2026-01-31T12:11:40.000000Z")
 
 
 def test_show_tells_of_a_broken_snapshot(taken: Shell) -> None:
@@ -193,6 +213,15 @@ def test_doctor(shell: Shell) -> None:
     )
     findings = msgspec.convert(shell.good("doctor --json").json, forms.Findings).findings
     assert [finding.advice for finding in findings] == [None, "modprobe ublk_drv"]
+
+
+def test_doctor_that_puts_right(shell: Shell) -> None:
+    outcome = shell("doctor --fix")
+    assert (outcome.code, outcome.out) == (0, shell.good("doctor").out)
+    assert outcome.err == "blksnap-ublk: doctor: udev: wrote /etc/rules\n"
+    repaired = msgspec.convert(shell.good("doctor --fix --json").json, forms.Repaired)
+    assert repaired.fixed == ["udev: wrote /etc/rules"]
+    assert [finding.name for finding in repaired.findings] == ["kernel", "ublk"]
 
 
 def test_version(shell: Shell) -> None:

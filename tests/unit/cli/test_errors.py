@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every exit code, and one line on stderr with each."""
 
+import os
+
 import pytest
 
 from blksnap_ublk import forms
@@ -37,10 +39,12 @@ def taken(shell: Shell) -> Shell:
         ("detach sdb", 4, f"detach: sdb: in snapshot {SNAPSHOT} (EBUSY); destroy it first"),
         ("snapshot destroy abcd", 4, "snapshot destroy: /dev/ublkb100: open by cat (pid 77) (EBUSY)"),
         ("attach /dev/zoned", 5, "attach: /dev/zoned: zoned devices cannot be filtered"),
+        ("snapshot renew 0000", 3, "snapshot renew: 0000: no such snapshot"),
         (
-            "snapshot create sdb --storage /a --ttl 1h",
-            5,
-            "snapshot create: --ttl and --while-pid are not available in this version; destroy it yourself",
+            "serve --hooks /tmp",
+            4,
+            f"serve: runs already, as process {os.getpid()}; "
+            "its hooks can be named at its start only: end it first, by `serve --stop`",
         ),
         (
             "snapshot create sdb --storage /a --on-overflow pause:30",
@@ -82,6 +86,17 @@ def test_what_cannot_be_trusted(taken: Shell) -> None:
         ("attach /dev/sdb --unit 4X", "attach: invalid value for '--unit': '4X' is not a size"),
         ("snapshot create sdb", "snapshot create: no difference storage; give --storage SPEC"),
         ("snapshot create sdb --storage /a --limit big", "snapshot create: invalid value for '--limit'"),
+        (
+            "snapshot create sdb --storage /a --ttl soon",
+            "snapshot create: invalid value for '--ttl': 'soon' is not a time",
+        ),
+        ("snapshot create sdb --storage /a --while-pid me", "snapshot create: invalid value for '--while-pid'"),
+        (
+            "snapshot create sdb --storage /a --while-pid 4000000",
+            "snapshot create: --while-pid 4000000: no such process",
+        ),
+        ("snapshot renew abcd", f"snapshot renew: snapshot {SNAPSHOT}: has no time to live; give --ttl TIME"),
+        ("snapshot renew abcd --ttl 0", "snapshot renew: invalid value for '--ttl': '0' is no time at all"),
         ("snapshot create sdb --storage /a --print everything", "snapshot create: invalid value for '--print'"),
         ("snapshot create sdb --storage /a --on-overflow panic", "snapshot create: --on-overflow panic: not one of"),
         ("snapshot create sdb --storage /a --no-freeze --require-freeze", "snapshot create: --no-freeze and"),
@@ -95,6 +110,8 @@ def test_what_cannot_be_trusted(taken: Shell) -> None:
         ("changes mark sdb --range 2T+1", "changes mark: sdb: a range lies outside of the device"),
         ("events --since -1", "events: invalid value for '--since'"),
         ("serve --foreground --stop", "serve: --foreground and --stop exclude one another"),
+        ("serve --hooks /tmp --stop", "serve: --hooks and --stop exclude one another"),
+        ("serve --hooks /nowhere", "serve: --hooks /nowhere: not a directory"),
     ],
 )
 def test_wrong_usage(taken: Shell, line: str, says: str) -> None:

@@ -6,7 +6,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blksnap_ublk.cli.sizes import duration_text, parse_range, parse_size, size_text
+from blksnap_ublk.cli.sizes import duration_text, parse_range, parse_size, parse_time, size_text
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,26 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
         assert len(error.message) < 200  # noqa: PT017
     else:
         assert 0 <= size < 1 << 63
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1", 1), ("30s", 30), ("10m", 600), ("2h", 7200), ("1d", 86400)])
+def test_times(text: str, seconds: float) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "0", "0d", "-1", "1.5h", "1 h", "1h30m", "1w", "1M", "٣s", "inf", "nan"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        parse_time(text)
+
+
+@given(st.text(max_size=20) | st.from_regex(r"[0-9]{1,5000}[smhd]?", fullmatch=True))
+def test_any_text_is_a_time_or_refused(text: str) -> None:
+    try:
+        seconds = parse_time(text)
+    except typer.BadParameter:
+        return
+    assert 1 <= seconds < 1e26
 
 
 def test_ranges() -> None:

@@ -55,9 +55,14 @@ def say(ready: int, code: int, text: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ready-fd", type=int, required=True)
-    ready: int = parser.parse_args().ready_fd
+    parser.add_argument("--hooks")
+    options = parser.parse_args()
+    ready: int = options.ready_fd
     with open(os.path.join(os.environ["BLKSNAP_UBLK_RUN"], "started"), "a") as started:
         started.write(f"{os.getpid()} {os.getcwd()} {os.getsid(0) == os.getpid()}\n")
+    if options.hooks is not None:
+        with open(os.path.join(os.environ["BLKSNAP_UBLK_RUN"], "hooks"), "w") as told:
+            told.write(options.hooks)
     what, _, rest = os.environ["SMALL_DAEMON"].partition(":")
     code, _, text = rest.partition(":")
     match what:

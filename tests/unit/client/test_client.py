@@ -14,7 +14,7 @@ import pytest
 from blksnap_ublk import forms
 from blksnap_ublk.client import Client, connect
 from blksnap_ublk.errors import BlksnapError, Busy, Failed, NotFound, Unsupported, Untrusted, UsageError
-from tests.unit.fake_service import SIZE, FakeService
+from tests.unit.fake_service import GONE, SIZE, FakeService
 from tests.unit.serving import serving, serving_ublk
 from tests.unit.varlink.echo import Echo
 
@@ -60,7 +60,8 @@ def test_snapshots(client: Client, daemon: Daemon) -> None:
         ["sdb"], storage=["/var/a:0+8"], storage_files=["/var/b:c"], limit=1 << 30, freeze=forms.Freeze.REQUIRE
     )
     assert daemon.service.requests == [
-        ("create_snapshot", (["/var/a:0+8"], ["/var/b:c"], 1 << 30, "break", forms.Freeze.REQUIRE))
+        ("create_snapshot", (["/var/a:0+8"], ["/var/b:c"], 1 << 30, "break", forms.Freeze.REQUIRE)),
+        ("lifetime", (False, None, None)),
     ]
     assert client.list_snapshots() == [snapshot]
     assert client.show_snapshot(snapshot.id[:4]) == snapshot
@@ -69,6 +70,38 @@ def test_snapshots(client: Client, daemon: Daemon) -> None:
     check = client.check_snapshot(snapshot.id)
     assert (check.trusted, check.reason) == (False, "the storage is full")
     assert client.destroy_snapshots([snapshot.id]) == [snapshot.id]
+
+
+def test_snapshots_that_end_by_themselves(client: Client, daemon: Daemon) -> None:
+    client.attach("/dev/sdb")
+    one = client.create_snapshot(["sdb"], storage=["/a"], ttl=90, while_pid=os.getpid(), partitions=True)
+    assert daemon.service.requests[-1] == ("lifetime", (True, 90.0, os.getpid()))
+    assert (one.ttl, one.while_pid, one.partitions) == (90.0, os.getpid(), True)
+    assert one.expires is not None
+    renewed = client.renew_snapshot(one.id[:8], ttl=0.5)
+    assert renewed.ttl == 0.5
+    assert renewed.expires is not None
+    assert client.show_snapshot(one.id) == renewed == client.renew_snapshot(one.id)
+    lasting = client.create_snapshot(["sdb"], storage=["/b"])
+    assert (lasting.ttl, lasting.expires, lasting.while_pid) == (None, None, None)
+    with pytest.raises(UsageError, match="no time to live"):
+        client.renew_snapshot(lasting.id)
+    with pytest.raises(UsageError, match="no such process"):
+        client.create_snapshot(["sdb"], storage=["/c"], while_pid=GONE)
+
+
+def test_storage_that_is_shared_is_no_path(
+    client: Client, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client.attach("/dev/sdb")
+    client.create_snapshot(["sdb"], storage=["@abcd"])
+    client.create_snapshot(["sdb"], storage=["./@abcd"], storage_files=["@abcd"])
+    asked = [what for name, what in daemon.service.requests if name == "create_snapshot"]
+    assert asked == [
+        (["@abcd"], [], None, "break", forms.Freeze.TRY),
+        ([f"{tmp_path}/./@abcd"], [f"{tmp_path}/@abcd"], None, "break", forms.Freeze.TRY),
+    ]
 
 
 def test_relative_paths_are_the_callers(
@@ -188,6 +221,7 @@ def test_status_and_doctor(client: Client) -> None:
     followed = list(itertools.islice(client.follow_status(0.01), 3))
     assert len(followed) == 3
     assert [finding.state.value for finding in client.doctor()] == ["ok", "fail"]
+    assert client.repair().fixed == ["udev: wrote /etc/rules"]
     assert client.daemon_version().pid == os.getpid()
 
 

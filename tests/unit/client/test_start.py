@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,15 @@ def test_a_client_starts_the_daemon_and_leaves_it_running(run: Path) -> None:
     assert (run / "started").read_text() == f"{pid} / True\n"
     assert (run.stat().st_mode & 0o777) == 0o700
     assert set(os.listdir(run)) == {"io.blksnap.Ublk", "started"}
+
+
+def test_hooks_are_named_to_the_daemon_that_is_started(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Client(None, start=True, warn=print, hooks="hooks.d") as client:
+        assert client.list_devices() == []
+    assert (run / "hooks").read_text() == f"{tmp_path}/hooks.d"
 
 
 def test_clients_that_start_it_at_once_share_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +93,9 @@ def test_one_that_was_started_meanwhile_is_as_good(run: Path, monkeypatch: pytes
     thread.start()
     starting = start._start
 
-    def start_later(listens: object) -> None:
+    def start_later(listens: Callable[[], bool], options: Sequence[str]) -> None:
         started.set()
-        starting(listens)  # type: ignore[arg-type]
+        starting(listens, options)
 
     monkeypatch.setattr(start, "_start", start_later)
     try:

@@ -62,6 +62,14 @@ def test_without_root_it_says_so(tmp_path: Path) -> None:
     assert stderr == f"blksnap-ublkd: {told}"
 
 
+def test_hooks_that_are_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "missing"):
+        status, stderr, _ = start(tmp_path / "run", f"--hooks={tmp_path / name}")
+        assert status == 2
+        assert stderr.endswith(f"'{tmp_path / name}' is not a directory\n")
+
+
 @pytest.mark.parametrize("size", ["", "0", "12Q", "-1", "1.5G", "x"])
 def test_a_wrong_size_is_wrong_usage(tmp_path: Path, size: str) -> None:
     status, stderr, _ = start(tmp_path / "run", f"--state-size={size}")

@@ -13,10 +13,10 @@ from blksnap_ublk import forms
 
 FIELDS = {
     forms.Device: "device name origin id size state data_path queues depth generation change_number tracking_block unit"
-    " snapshots",
-    forms.Snapshot: "id created state error frozen gate_us images storage",
-    forms.Image: "image device origin size generation change_number cursor state preserved_bytes",
-    forms.Storage: "used capacity limit on_overflow areas forecast_seconds",
+    " snapshots link",
+    forms.Snapshot: "id created state error frozen gate_us images storage expires ttl while_pid partitions",
+    forms.Image: "image device origin size generation change_number cursor state preserved_bytes link",
+    forms.Storage: "used capacity limit on_overflow areas forecast_seconds snapshots",
     forms.Area: "path start count used",
     forms.Changes: "device since until tracking_block all reason changed_bytes ranges",
     forms.Range: "start length",
@@ -44,6 +44,7 @@ def test_null_fields_are_written() -> None:
         "on_overflow": "break",
         "areas": [],
         "forecast_seconds": None,
+        "snapshots": [],
     }
 
 

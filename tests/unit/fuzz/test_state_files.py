@@ -60,8 +60,11 @@ def device(key: str) -> DeviceEntry:
 
 
 def snapshot(key: str) -> SnapshotEntry:
-    storage = StorageEntry(key=key, unit=4096, limit=None, on_overflow="break", areas=[])
-    return SnapshotEntry(key, "2026-01-31T12:00:00.000000Z", Phase.ACTIVE, True, 1, [], storage)
+    return SnapshotEntry(key, "2026-01-31T12:00:00.000000Z", Phase.ACTIVE, True, 1, [], "s")
+
+
+def storage(key: str) -> StorageEntry:
+    return StorageEntry(key=key, unit=4096, limit=None, on_overflow="break", areas=[])
 
 
 def framed(entry: object) -> bytes:
@@ -80,7 +83,7 @@ def entries(draw: st.DrawFn) -> object:
     """An entry with some of its fields changed or lacking, or any JSON."""
     if draw(st.booleans()):
         return draw(json_values)
-    entry = fields_of(device("one") if draw(st.booleans()) else snapshot("one"))
+    entry = fields_of(draw(st.sampled_from([device, snapshot, storage]))("one"))
     for name in draw(st.sets(st.sampled_from(sorted(entry)), max_size=3)):
         if draw(st.booleans()):
             entry[name] = draw(json_values)
@@ -90,7 +93,7 @@ def entries(draw: st.DrawFn) -> object:
 
 
 @settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from(["device", "snapshot"]), content=entries().map(framed) | st.binary(max_size=200))
+@given(kind=st.sampled_from(["device", "snapshot", "storage"]), content=entries().map(framed) | st.binary(max_size=200))
 def test_any_file_of_the_catalogue_costs_that_object_only(
     tmp_path_factory: pytest.TempPathFactory, kind: str, content: bytes
 ) -> None:
@@ -98,16 +101,20 @@ def test_any_file_of_the_catalogue_costs_that_object_only(
     catalogue = Catalogue(directory)
     catalogue.put_device(device("other"))
     catalogue.put_snapshot(snapshot("other"))
+    catalogue.put_storage(storage("other"))
     (directory / f"{kind}-one.json").write_bytes(content)
     again = Catalogue(directory)
-    found = again.device("one") if kind == "device" else again.snapshot("one")
+    found = {"device": again.device, "snapshot": again.snapshot, "storage": again.storage}[kind]("one")
     assert again.damaged == ([] if found is not None else ["one"])
     assert again.device("other") == device("other")
     assert again.snapshot("other") == snapshot("other")
-    assert len(again.devices()) + len(again.snapshots()) == (3 if found is not None else 2)
-    assert again.next_serial() > 0
+    assert again.storage("other") == storage("other")
+    there = [*again.devices(), *again.snapshots(), *again.storages()]
+    assert len(there) == (4 if found is not None else 3)
+    assert all(serial > 0 for serial in again.take_serials(2))
     if found is not None:
-        assert isinstance(found, DeviceEntry if kind == "device" else SnapshotEntry)
+        forms = {"device": DeviceEntry, "snapshot": SnapshotEntry, "storage": StorageEntry}
+        assert isinstance(found, forms[kind])
 
 
 @pytest.mark.parametrize(

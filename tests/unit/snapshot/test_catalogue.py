@@ -2,6 +2,9 @@
 """The catalogue: what was put is there after a kill -9, and damage costs one object only."""
 
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -53,10 +56,13 @@ def snapshot(key: str, created: str = "2026-01-31T12:00:00.000000Z", serials: tu
         )
         for n, serial in enumerate(serials)
     ]
-    storage = StorageEntry(key=key, unit=4096, limit=None, on_overflow="break", areas=[])
     return SnapshotEntry(
-        id=key, created=created, phase=Phase.ACTIVE, frozen=True, gate_us=1, images=images, storage=storage
+        id=key, created=created, phase=Phase.ACTIVE, frozen=True, gate_us=1, images=images, storage_key="s"
     )
+
+
+def storage(key: str) -> StorageEntry:
+    return StorageEntry(key=key, unit=4096, limit=None, on_overflow="break", areas=[])
 
 
 def test_everything_is_there_again(tmp_path: Path) -> None:
@@ -65,20 +71,26 @@ def test_everything_is_there_again(tmp_path: Path) -> None:
     catalogue.put_device(device("two"))
     catalogue.put_snapshot(snapshot("b", "2026-01-02"))
     catalogue.put_snapshot(snapshot("a", "2026-01-01"))
+    catalogue.put_storage(storage("s"))
+    catalogue.put_storage(storage("t"))
+    catalogue.remove_storage("t")
     changed = msgspec.structs.replace(device("one"), phase=Phase.DESTROYING)
     catalogue.put_device(changed)
     catalogue.remove_device("two")
     again = Catalogue(tmp_path / "c")
     assert again.devices() == catalogue.devices() == [changed]
     assert [entry.id for entry in again.snapshots()] == ["a", "b"]
+    assert again.storages() == catalogue.storages() == [storage("s")]
+    assert again.storage("s") == storage("s")
     assert again.damaged == []
 
 
 def test_files_are_private(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "c")
     catalogue.put_device(device("one"))
+    catalogue.take_serials(1)
     modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "c", *(tmp_path / "c").iterdir())]
-    assert modes == [0o700, 0o600]
+    assert modes == [0o700] + [0o600] * 3
 
 
 @settings(max_examples=60)
@@ -120,7 +132,7 @@ def test_a_write_that_was_broken_off_leaves_what_was_before(tmp_path: Path) -> N
     (tmp_path / "c" / "device-one.writing").write_bytes(b"{")
     again = Catalogue(tmp_path / "c")
     assert again.devices() == [device("one")]
-    assert sorted(os.listdir(tmp_path / "c")) == ["device-one.json"]
+    assert sorted(os.listdir(tmp_path / "c")) == ["device-one.json", "spare"]
 
 
 def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
@@ -132,13 +144,67 @@ def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert catalogue.devices() == [device("one")]
 
 
-def test_serials_are_those_that_no_image_has(tmp_path: Path) -> None:
+def test_serials_are_not_given_twice(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "c")
-    assert catalogue.next_serial() == 1
-    catalogue.put_snapshot(snapshot("a", serials=(1, 3)))
-    assert catalogue.next_serial() == 2
-    catalogue.put_snapshot(snapshot("b", serials=(2,)))
-    assert catalogue.next_serial() == 4
+    assert catalogue.take_serials(2) == [1, 2]
+    catalogue.put_snapshot(snapshot("a", serials=(1, 2)))
+    catalogue.remove_snapshot("a")
+    assert catalogue.take_serials(1) == [3], "records of those that have gone may be in a storage still"
+    assert Catalogue(tmp_path / "c").take_serials(1) == [4]
+
+
+def test_serials_are_right_without_their_file(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "c")
+    catalogue.put_snapshot(snapshot("a", serials=(1, 7)))
+    (tmp_path / "c" / "serial").write_text("what?")
+    assert Catalogue(tmp_path / "c").take_serials(2) == [8, 9]
+
+
+def test_serials_begin_again_without_those_in_use(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path / "c")
+    catalogue.put_snapshot(snapshot("a", serials=(2, (1 << 24) - 2)))
+    assert Catalogue(tmp_path / "c").take_serials(4) == [(1 << 24) - 1, 1, 3, 4]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "small", place], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def fill(place: Path) -> None:
+    with (place / "filler").open("ab", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_what_is_there_can_be_changed_where_no_room_is_left(small: Path) -> None:
+    catalogue = Catalogue(small / "c")
+    for n in range(12):
+        catalogue.put_snapshot(snapshot(f"snapshot-{n}", serials=(n + 1,)))
+    fill(small)
+    with pytest.raises(OSError, match="No space"):
+        catalogue.put_snapshot(snapshot("one-more"))
+    assert catalogue.snapshot("one-more") is None
+    with pytest.raises(OSError, match="No space"):
+        catalogue.put_device(device("one"))
+    for n in range(12):
+        going = msgspec.structs.replace(snapshot(f"snapshot-{n}", serials=(n + 1,)), phase=Phase.DESTROYING)
+        catalogue.put_snapshot(going)
+        assert Catalogue(small / "c").snapshot(going.id) == going
+    for n in range(12):
+        catalogue.remove_snapshot(f"snapshot-{n}")
+    assert Catalogue(small / "c").snapshots() == []
 
 
 def test_a_file_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from blksnap_ublk.errors import NotFound, UsageError
 from blksnap_ublk.snapshot import naming
-from blksnap_ublk.snapshot.catalogue import Catalogue, DeviceEntry, Phase, Served, SnapshotEntry, StorageEntry
+from blksnap_ublk.snapshot.catalogue import Catalogue, DeviceEntry, Phase, Served, SnapshotEntry
 
 FIRST = "0123abcd-0000-4000-8000-000000000001"
 SECOND = "0123abff-0000-4000-8000-000000000002"
@@ -34,7 +34,6 @@ def catalogue(tmp_path: Path) -> Catalogue:
     catalogue.put_device(
         msgspec.structs.replace(entry, key="half", name="half", origin="/nowhere", phase=Phase.CREATING)
     )
-    storage = StorageEntry(key="s", unit=4096, limit=None, on_overflow="break", areas=[])
     for number, snapshot_id in enumerate((FIRST, SECOND)):
         catalogue.put_snapshot(
             SnapshotEntry(
@@ -44,7 +43,7 @@ def catalogue(tmp_path: Path) -> Catalogue:
                 frozen=True,
                 gate_us=0,
                 images=[],
-                storage=storage,
+                storage_key="s",
             )
         )
     return catalogue

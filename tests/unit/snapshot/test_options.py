@@ -50,3 +50,11 @@ def test_create_refuses_a_limit_that_is_none() -> None:
 def test_create_refuses_policies_that_it_does_not_have() -> None:
     with pytest.raises(Unsupported, match="--on-overflow"):
         CreateOptions(parse_specs(["/x"]), on_overflow="pause:5")
+
+
+def test_create_joins_one_storage_or_has_its_own() -> None:
+    CreateOptions(join="0123abcd-0000-4000-8000-000000000001")
+    with pytest.raises(UsageError, match="joins the storage"):
+        CreateOptions(parse_specs(["/x"]), join="0123")
+    with pytest.raises(UsageError, match="--limit"):
+        CreateOptions(limit=1 << 30, join="0123")

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""The instant of a snapshot, for all its members: frozen, switched by the io process, thawed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+
+import msgspec
+
+from blksnap_ublk.cbt import HistoryError
+from blksnap_ublk.errors import BlksnapError, Busy, Failed, Unsupported, errno_symbol
+from blksnap_ublk.forms import Freeze, timestamp
+from blksnap_ublk.host.number import DeviceNumber
+from blksnap_ublk.ioproc import messages
+from blksnap_ublk.ioproc.client import IoRefused
+from blksnap_ublk.snapshot import naming, storages
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, SnapshotEntry
+from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.freeze import Freezer, mounted_on
+from blksnap_ublk.snapshot.freeze_order import FileSystem
+from blksnap_ublk.snapshot.undoing import quietly
+
+GATE_LIMIT_MS = 2000
+
+
+def take(
+    context: Context,
+    entry: SnapshotEntry,
+    members: Sequence[DeviceEntry],
+    *,
+    freeze: Freeze,
+    undo: ExitStack,
+    keep: Callable[[], None],
+) -> tuple[SnapshotEntry, list[str]]:
+    """The instant; the entry with what it brought, and warnings. Afterwards the change numbers are used, come what may.
+
+    The members stand in the order of the entry's images. No order among them is needed: none is stacked on another,
+    attach refuses that. Raises Busy naming a member whose writes do not end in time, Unsupported where freezing is
+    required and not possible, Failed, HistoryError, OSError; nothing is switched or left frozen then, except where
+    `keep` was called: whether the instant came is found out by `reconcile`.
+    """
+    systems = [] if freeze is Freeze.NO else _file_systems(context, members)
+    with Freezer(systems, context.io.lost) as freezer, ExitStack() as closing:
+        descriptors = _descriptors(context, entry, closing)
+        message = messages.Take(
+            [messages.Member(image.device, image.key) for image in entry.images], limit_ms=GATE_LIMIT_MS
+        )
+        frozen = freezer.freeze()
+        if not frozen and freeze is Freeze.REQUIRE:
+            freezer.thaw()
+            raise Unsupported("; ".join(freezer.warnings), advice="unmount it, or leave out --require-freeze")
+        taken_at = time.time()
+        try:
+            done = context.io.call(message, descriptors)
+        except IoRefused as error:
+            raise _refusal(members, error) from None
+        except Failed:
+            keep()
+            raise
+        finally:
+            in_time = freezer.thaw()
+    try:
+        for image in entry.images:
+            context.histories[image.device].commit(image.change_number)
+    except (OSError, HistoryError):
+        # Writes are marked in the prepared bitmaps by now: they must stay.
+        keep()
+        raise
+    for image in entry.images:
+        undo.callback(quietly, context.histories[image.device].destroy, image.change_number)
+    if not in_time:
+        frozen = False
+        freezer.warnings.append("file systems had to be thawed before the snapshot was taken; it is as after a crash")
+        if freeze is Freeze.REQUIRE:
+            raise Failed("the file systems had to be thawed before the snapshot was taken", advice="try again")
+    entry = msgspec.structs.replace(
+        entry,
+        created=timestamp(taken_at),
+        frozen=frozen and freeze is not Freeze.NO,
+        gate_us=done.gate_us,
+        expires=None if entry.ttl is None else taken_at + entry.ttl,
+    )
+    context.catalogue.put_snapshot(entry)
+    return entry, freezer.warnings
+
+
+def _file_systems(context: Context, members: Sequence[DeviceEntry]) -> list[FileSystem]:
+    """What is mounted from the members, in the order of freezing."""
+    origins = {}
+    for device in naming.served_devices(context.catalogue):
+        with suppress(OSError):  # detached meanwhile
+            origins[_number(device)] = DeviceNumber(*device.number)
+    return mounted_on(map(_number, members), storages.file_systems(context), origins=origins)
+
+
+def _number(device: DeviceEntry) -> DeviceNumber:
+    return DeviceNumber.of(os.stat(naming.block_path(device)).st_rdev)
+
+
+def _descriptors(context: Context, entry: SnapshotEntry, closing: ExitStack) -> list[int]:
+    """The next bitmap of each member, and the commit file."""
+    found = []
+    for image in entry.images:
+        prepared = context.histories[image.device].prepared
+        assert prepared is not None
+        found.append(os.open(prepared.path, os.O_RDWR | os.O_CLOEXEC))
+        closing.callback(os.close, found[-1])
+    found.append(context.state.open(naming.commit_name(entry.id)))
+    closing.callback(os.close, found[-1])
+    return found
+
+
+def _refusal(members: Sequence[DeviceEntry], error: IoRefused) -> BlksnapError:
+    late = next((member for member in members if member.key == error.member), None)
+    if late is not None:
+        text = f"writes did not come to rest within {GATE_LIMIT_MS / 1000:g} s"
+        advice = "is the origin slow or stuck? try again"
+        return Busy(text, subject=naming.block_path(late), errno="ETIMEDOUT", advice=advice)
+    return Failed(error.strerror or str(error), errno=errno_symbol(error.errno))
