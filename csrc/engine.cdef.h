@@ -181,7 +181,7 @@ int bsu_py_take(struct bsu_py *py, struct bsu_py_request *out, unsigned int max)
 int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *results, unsigned int count);
 
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
-		   uint32_t *commit, uint64_t *gate_ns, unsigned int *late);
+		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late);
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
 int bsu_image_release_within(struct bsu_image *image, unsigned int timeout_ms);
 int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,

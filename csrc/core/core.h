@@ -187,6 +187,8 @@ int bsu_device_free(struct bsu_device *dev);
 void bsu_gate_close(struct bsu_device *dev);
 bool bsu_gate_drained(struct bsu_device *dev);
 void bsu_gate_open(struct bsu_device *dev);
+/* When the last write in flight ended with the gate closed, in the time of ops->now(); 0 if there was none. */
+uint64_t bsu_gate_rested(const struct bsu_device *dev);
 
 /*
  * Changes of the set of images, in three steps: prepare (may fail, changes

@@ -141,7 +141,13 @@ bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint
  */
 void bsu_gate_close(struct bsu_device *dev)
 {
+	atomic_store(&dev->rested, 0);
 	atomic_store(&dev->gate_closed, true);
+}
+
+uint64_t bsu_gate_rested(const struct bsu_device *dev)
+{
+	return atomic_load(&dev->rested);
 }
 
 bool bsu_gate_drained(struct bsu_device *dev)

@@ -211,6 +211,7 @@ struct bsu_device {
 	_Atomic bool any_swallowed;
 
 	_Atomic bool gate_closed;
+	_Atomic uint64_t rested;	/* see bsu_gate_rested() */
 	_Atomic(struct bsu_view *) view;
 	struct bsu_view *next_view;
 	struct bsu_view *old_view;

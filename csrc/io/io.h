@@ -145,10 +145,11 @@ int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *resul
  * flight have ended, switches all (each to what bsu_prepare_*() prepared, with
  * bitmaps[i]), stores 1 to *commit (may be NULL), opens the gates. -ETIMEDOUT after @limit_ms:
  * gates reopened, nothing switched; *late is then the index of a device that
- * was not drained. *gate_ns: how long the first gate was closed.
+ * was not drained. *gate_ns: how long the first gate was closed; *writes_ns:
+ * how much of that until the last write in flight had ended.
  */
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
-		   uint32_t *commit, uint64_t *gate_ns, unsigned int *late);
+		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late);
 /* bsu_settle() to its end. -ETIMEDOUT: call it again, it goes on where it was. */
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
 /* bsu_image_release() to its end, in the same way. */

@@ -78,14 +78,14 @@ late:
 }
 
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
-		   uint32_t *commit, uint64_t *gate_ns, unsigned int *late)
+		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late)
 {
 	uint64_t begin = now_ns(), limit = limit_ms * NS_PER_MS;
 	uint64_t deadline = begin + limit;
 	int ret;
 
 	*late = 0;
-	*gate_ns = 0;
+	*gate_ns = *writes_ns = 0;
 	if (!count)
 		return -EINVAL;
 	ret = close_gates(devices, count, false, count > 1 ? begin + limit / 2 : deadline, late);
@@ -96,8 +96,13 @@ int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int cou
 	if (ret)
 		return ret;
 
-	for (unsigned int i = 0; i < count; i++)
+	for (unsigned int i = 0; i < count; i++) {
+		uint64_t rested = bsu_gate_rested(devices[i]);
+
+		if (rested > begin + *writes_ns)
+			*writes_ns = rested - begin;
 		bsu_switch(devices[i], bitmaps[i]);
+	}
 	/* Whoever finds the record set after a death also finds the switch. */
 	if (commit)
 		__atomic_store_n(commit, 1, __ATOMIC_RELEASE);

@@ -115,7 +115,8 @@ class Image(Struct, kw_only=True, frozen=True):
 
 
 class Snapshot(Struct, kw_only=True, frozen=True):
-    """A snapshot. `error` says why it is broken; `gate_us` how long new writes were held, in microseconds.
+    """A snapshot. `error` says why it is broken; `gate_us` how long new writes were held, in microseconds,
+    `gate_writes_us` how much of that until the last write in flight had ended.
 
     It ends by itself at `expires`, which is `ttl` seconds after it was taken or last renewed, and when the process
     `while_pid` has ended; null: it does not. With `partitions` its images show their partitions.
@@ -133,6 +134,7 @@ class Snapshot(Struct, kw_only=True, frozen=True):
     ttl: float | None = None
     while_pid: int | None = None
     partitions: bool = False
+    gate_writes_us: int = 0
 
 
 class SnapshotCheck(Struct, kw_only=True, frozen=True):

@@ -89,6 +89,7 @@ def mounted_as_it_is(device: str, point: Path, kind: str = "ext4") -> Iterator[P
         run("umount", str(point))
 
 
+@pytest.mark.quick
 def test_ext4_and_xfs_on_two_devices(client: Client, folder: Path) -> None:
     if not shutil.which("mkfs.xfs"):
         pytest.skip("no mkfs.xfs")

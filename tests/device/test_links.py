@@ -86,6 +86,7 @@ def test_after_a_kill_stale_links_go_and_missing_ones_return(daemon: OwnDaemon, 
     assert not os.listdir(daemon.runtime / "udev")
 
 
+@pytest.mark.quick
 def test_partitions_are_shown_on_filtered_devices_and_on_images_only_when_asked(client: Client, two: Disks) -> None:
     make_partitions(two.origin)
     device = client.attach(two.origin, name="data").device

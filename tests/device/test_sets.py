@@ -142,6 +142,7 @@ def test_the_events_name_all_members(client: Client, folder: Path, any_way: str)
         assert events[0].data["cursors"] == [image.cursor for image in snapshot.images]
 
 
+@pytest.mark.quick
 def test_overlapping_sets_and_any_order_of_ends(
     client: Client, folder: Path, way: str, generator: random.Random
 ) -> None:

@@ -44,7 +44,7 @@ SYSTEM_PACKAGES = (
         "util-linux",
         "xz-utils",
     ),
-    *("btrfs-progs", "dmsetup", "e2fsprogs", "fdisk", "fio", "lvm2", "thin-provisioning-tools", "xfsprogs"),
+    *("btrfs-progs", "dmsetup", "e2fsprogs", "fdisk", "fio", "lvm2", "thin-provisioning-tools", "udev", "xfsprogs"),
     *("libc6", "libgcc-s1", "libstdc++6", "liburing2", "python3", "zlib1g"),
 )
 # What dpkg does not list, because scripts of packages or the distribution's installer make it.

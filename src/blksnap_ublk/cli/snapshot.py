@@ -183,7 +183,10 @@ def _say_snapshot(snapshot: Snapshot) -> None:
             ("state", snapshot.state if snapshot.error is None else f"{snapshot.state}: {snapshot.error}"),
             ("ends", _end_text(snapshot)),
             ("frozen", "yes" if snapshot.frozen else "no"),
-            ("gate closed", f"{snapshot.gate_us} µs"),
+            (
+                "gate closed",
+                f"{snapshot.gate_us} µs ({snapshot.gate_writes_us} µs for writes in flight)",
+            ),
             ("storage", fill_text(storage.used, storage.capacity)),
             ("limit", "-" if storage.limit is None else size_text(storage.limit)),
             ("full in", duration_text(storage.forecast_seconds)),

@@ -16,7 +16,7 @@ from blksnap_ublk.engine.process import get_io_flusher, lock_memory, notify_fd, 
 from blksnap_ublk.engine.py_queue import PyQueue, PyRequest
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.storage import ARENA_PORTION, STORAGE_STATE_BYTES, Arena, Storage
-from blksnap_ublk.engine.switch import Late, replay_swallowed, settle, switch_all
+from blksnap_ublk.engine.switch import Closing, Late, replay_swallowed, settle, switch_all
 from blksnap_ublk.engine.thread import Thread
 from blksnap_ublk.engine.ublk_queue import UblkQueue, UblkStatus
 
@@ -24,6 +24,7 @@ __all__ = [
     "ARENA_PORTION",
     "STORAGE_STATE_BYTES",
     "Arena",
+    "Closing",
     "Control",
     "Counters",
     "Device",

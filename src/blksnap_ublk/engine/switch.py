@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from blksnap_ublk.engine._engine import ffi, lib
 from blksnap_ublk.engine.device import Device
@@ -22,8 +22,17 @@ class Late(TimeoutError):
         self.index = index
 
 
-def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: int = 2000, commit: Any = None) -> int:
-    """Switches all devices, each to what it was prepared for, at one instant; returns how many ns gates were closed.
+class Closing(NamedTuple):
+    """How long gates were closed, in ns, and how much of that until the last write in flight had ended."""
+
+    ns: int
+    writes_ns: int
+
+
+def switch_all(
+    devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: int = 2000, commit: Any = None
+) -> Closing:
+    """Switches all devices, each to what it was prepared for, at one instant.
 
     `bitmaps`: for each device its next active bitmap (zeroed, writable, whole pages), or None to go on with the present
     one. `commit`: writable memory whose first 32-bit word becomes 1 with the switch, or None. Devices stacked on one
@@ -33,7 +42,7 @@ def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: i
     if len(pinned) != len(devices):
         raise ValueError(f"{len(devices)} devices and {len(pinned)} bitmaps")
     record = ffi.NULL if commit is None else pin(commit)
-    gate_ns = ffi.new("uint64_t *")
+    gate_ns, writes_ns = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     late = ffi.new("unsigned int *")
     result = lib.bsu_switch_all(
         [device.pointer for device in devices],
@@ -42,6 +51,7 @@ def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: i
         limit_ms,
         ffi.cast("uint32_t *", record),
         gate_ns,
+        writes_ns,
         late,
     )
     if commit is not None:
@@ -55,7 +65,7 @@ def switch_all(devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: i
         check(result, "switch")
     for device, bitmap in zip(devices, pinned, strict=True):
         device.switched(bitmap)
-    return int(gate_ns[0])
+    return Closing(int(gate_ns[0]), int(writes_ns[0]))
 
 
 def settle(device: Device, *, timeout_ms: int = 10_000) -> None:

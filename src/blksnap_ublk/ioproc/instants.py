@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import ExitStack
 
-from blksnap_ublk.engine import Late, replay_swallowed, switch_all
+from blksnap_ublk.engine import Closing, Late, replay_swallowed, switch_all
 from blksnap_ublk.ioproc.devices import SETTLE_LIMIT, Devices, FilteredDevice, bitmap_bytes, expect
 from blksnap_ublk.ioproc.images import HeldImage, Images
 from blksnap_ublk.ioproc.messages import Drop, Take
@@ -42,8 +42,8 @@ class Instants:
         self._images = images
         self._settling = False
 
-    def take(self, message: Take, descriptors: Descriptors) -> int:
-        """One instant for all members; for how long the first gate was closed, in microseconds.
+    def take(self, message: Take, descriptors: Descriptors) -> Closing:
+        """One instant for all members; for how long the first gate was closed.
 
         Raises OSError; LateMember when writes did not end in time. Nothing is switched then.
         """
@@ -63,7 +63,7 @@ class Instants:
                 device.settle(SETTLE_LIMIT)
                 device.device.prepare_take(image.image)
                 undo.callback(device.device.cancel)
-            gate_ns = self._switch(devices, [bitmap.memory for bitmap in bitmaps], message.limit_ms, commit.memory)
+            closing = self._switch(devices, [bitmap.memory for bitmap in bitmaps], message.limit_ms, commit.memory)
             undo.pop_all()
         commit.close()
         for device, image, bitmap in zip(devices, images, bitmaps, strict=True):
@@ -73,7 +73,7 @@ class Instants:
             device.old_maps.append(device.bitmap)
             device.bitmap = bitmap
             self._settle_later(device)
-        return gate_ns // 1000
+        return closing
 
     def drop(self, message: Drop) -> None:
         """Raises OSError; EBUSY while the image is served.
@@ -114,7 +114,7 @@ class Instants:
                 raise OSError(errno.EINVAL, f"image {image.name!r} was taken already")
 
     @staticmethod
-    def _switch(devices: list[FilteredDevice], bitmaps: list[object], limit_ms: int, commit: object) -> int:
+    def _switch(devices: list[FilteredDevice], bitmaps: list[object], limit_ms: int, commit: object) -> Closing:
         try:
             return switch_all([device.device for device in devices], bitmaps, limit_ms=limit_ms, commit=commit)
         except Late as error:

@@ -124,7 +124,8 @@ class Take(msgspec.Struct, tag="take", frozen=True):
     """One instant for all members: gates closed, drained, switched, opened.
 
     Descriptors: the next bitmap of each member, then the commit file. Members stacked on one another come top first.
-    `Done.gate_us` is how long the first gate was closed. Refused with errno ETIMEDOUT and `Refused.member` when a
+    `Done.gate_us` is how long the first gate was closed, `Done.gate_writes_us` how much of that until the last write in
+    flight had ended. Refused with errno ETIMEDOUT and `Refused.member` when a
     device was not drained in time; nothing is switched then. The commit file (4096 bytes) gets its first
     32-bit word set to 1 while the gates are still closed.
     """
@@ -240,6 +241,7 @@ class Done(msgspec.Struct, tag="done", frozen=True):
 
     inventory: Inventory | None = None
     gate_us: int = 0
+    gate_writes_us: int = 0
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):

@@ -83,7 +83,8 @@ class IoServer:
             case messages.FinishImage():
                 self._images.finish(message)
             case messages.Take():
-                return Done(gate_us=self._instants.take(message, descriptors))
+                closing = self._instants.take(message, descriptors)
+                return Done(gate_us=closing.ns // 1000, gate_writes_us=closing.writes_ns // 1000)
             case messages.Drop():
                 self._instants.drop(message)
             case messages.Shutdown():

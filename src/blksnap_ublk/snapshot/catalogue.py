@@ -130,6 +130,7 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     expires: float | None = None
     while_pid: int | None = None
     while_pid_start: int | None = None
+    gate_writes_us: int = 0
 
 
 Entry = TypeVar("Entry", DeviceEntry, StorageEntry, SnapshotEntry)

@@ -54,6 +54,7 @@ def snapshot_form(context: Context, entry: SnapshotEntry, forecast: Forecast = l
         error=error,
         frozen=entry.frozen,
         gate_us=entry.gate_us,
+        gate_writes_us=entry.gate_writes_us,
         images=[_image_form(context, entry, image, found) for image, found in zip(entry.images, states, strict=True)],
         storage=_storage_form(context, entry, forecast),
         expires=None if entry.expires is None else forms.timestamp(entry.expires),

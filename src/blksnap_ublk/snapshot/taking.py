@@ -81,6 +81,7 @@ def take(
         created=timestamp(taken_at),
         frozen=frozen and freeze is not Freeze.NO,
         gate_us=done.gate_us,
+        gate_writes_us=done.gate_writes_us,
         expires=None if entry.ttl is None else taken_at + entry.ttl,
     )
     context.catalogue.put_snapshot(entry)

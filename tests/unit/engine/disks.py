@@ -164,7 +164,7 @@ class Snapshot:
             for member, image in zip(self.members, self.images, strict=True):
                 member.device.prepare_take(image)
                 prepared.append(member.device)
-            gate = engine.switch_all([member.device for member in self.members], bitmaps, limit_ms=limit_ms)
+            gate = engine.switch_all([member.device for member in self.members], bitmaps, limit_ms=limit_ms).ns
         except OSError:
             for device in prepared:
                 device.cancel()

@@ -14,7 +14,8 @@ from blksnap_ublk import forms
 FIELDS = {
     forms.Device: "device name origin id size state data_path queues depth generation change_number tracking_block unit"
     " snapshots link",
-    forms.Snapshot: "id created state error frozen gate_us images storage expires ttl while_pid partitions",
+    forms.Snapshot: "id created state error frozen gate_us images storage expires ttl while_pid partitions"
+    " gate_writes_us",
     forms.Image: "image device origin size generation change_number cursor state preserved_bytes link",
     forms.Storage: "used capacity limit on_overflow areas forecast_seconds snapshots",
     forms.Area: "path start count used",
