@@ -85,6 +85,12 @@ def kinds(client: Client, snapshot: Snapshot) -> list[str]:
     return [event.type for event in client.events(since=0) if event.snapshot == snapshot.id]
 
 
+def wait_for_events(client: Client, snapshot: Snapshot, *expected: str) -> None:
+    """The last event follows what it tells of."""
+    wait_until(f"the event {expected[-1]}", lambda: expected[-1] in kinds(client, snapshot))
+    assert kinds(client, snapshot) == list(expected)
+
+
 def kill_control(daemon: OwnDaemon) -> None:
     """Returns when another one answers."""
     before = daemon.pid("control")
@@ -109,7 +115,7 @@ def test_time_ends_it(client: Client, two: Two) -> None:
     short = take(client, two, two.second, ttl=1)
     write_at(two.second, 0, os.urandom(UNIT))
     wait_for_end(client, short)
-    assert kinds(client, short) == ["taken", "expired", "destroyed"]
+    wait_for_events(client, short, "taken", "expired", "destroyed")
     assert ids(client) == {lasting.id}
     with pytest.raises(NotFound):
         client.renew_snapshot(short.id)
@@ -123,7 +129,7 @@ def test_its_process_ends_it(client: Client, two: Two, process: subprocess.Popen
     assert (its.while_pid, its.ttl) == (process.pid, LONG)
     process.kill()  # not reaped: it has ended all the same
     wait_for_end(client, its)
-    assert kinds(client, its) == ["taken", "expired", "destroyed"]
+    wait_for_events(client, its, "taken", "expired", "destroyed")
     assert ids(client) == {mine.id}
     client.destroy_snapshots([mine.id])
 
@@ -187,7 +193,7 @@ def test_lifetimes_go_on_when_control_is_killed(
         kill_control(daemon)
     with daemon.client() as last:
         wait_for_end(last, its)
-        assert kinds(last, its) == ["taken", "expired", "destroyed"]
+        wait_for_events(last, its, "taken", "expired", "destroyed")
         assert ids(last) == {lasting.id}
         assert last.check_snapshot(lasting.id).trusted
         short = take(last, two, two.second, ttl=2)
@@ -248,6 +254,7 @@ def test_an_image_that_is_mounted(client: Client, two: Two) -> None:
         assert os.listdir(mount) == ["lost+found"]
         client.renew_snapshot(snapshot.id, ttl=1)
         wait_for_end(client, snapshot)
+        wait_until("the event destroyed", lambda: "destroyed" in kinds(client, snapshot))
         assert kinds(client, snapshot)[-2:] == ["expired", "destroyed"]
         assert errno_of_read(image.image, 0, UNIT) != 0
     wait_until("its disk has gone", lambda: not Path(image.image).exists())
