@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -33,6 +35,14 @@ class Server:
             raise AssertionError(f"the server did not start: {messages}")
         self.path, self.data_path = line.split()
         self.id = int(self.path.removeprefix("/dev/ublkb"))
+        while self.process.poll() is None and not self._takes_signals():
+            time.sleep(0.01)
+
+    def _takes_signals(self) -> bool:
+        """Not before `serve` has begun."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> signal.SIGTERM - 1 & 1)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
