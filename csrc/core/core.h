@@ -67,6 +67,7 @@ struct bsu_io {
 	uint64_t rq_offset;
 	uint8_t op;		/* enum bsu_op */
 	uint8_t flags;		/* BSU_FUA, BSU_NOUNMAP */
+	bool given_up;		/* nobody needs the rest of it */
 
 	/* the executor's own, for instance the next pointer of a backlog */
 	uint64_t cookie;
@@ -187,6 +188,8 @@ int bsu_device_free(struct bsu_device *dev);
 void bsu_gate_close(struct bsu_device *dev);
 bool bsu_gate_drained(struct bsu_device *dev);
 void bsu_gate_open(struct bsu_device *dev);
+/* The same without waking whoever waits: bsu_gate_open() follows when all gates of an instant are open. */
+void bsu_gate_unlock(struct bsu_device *dev);
 /* When the last write in flight ended with the gate closed, in the time of ops->now(); 0 if there was none. */
 uint64_t bsu_gate_rested(const struct bsu_device *dev);
 
@@ -250,7 +253,11 @@ struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
 int bsu_image_release(struct bsu_image *image);
 /* Releases what is left and frees it. -EBUSY as above. */
 int bsu_image_free(struct bsu_image *image);
-/* Active to broken; the first reason stays. Any thread. */
+/*
+ * Active to broken; the first reason stays. Any thread. Its requests end with
+ * EIO, within a tick also those that wait for storage; what reads the origin
+ * in place ends with its I/O.
+ */
 void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error);
 enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error);
 uint64_t bsu_image_preserved(const struct bsu_image *image);

@@ -175,9 +175,14 @@ void bsu_notify_queues(struct bsu_device *dev)
 	pthread_mutex_unlock(&dev->lock);
 }
 
-void bsu_gate_open(struct bsu_device *dev)
+void bsu_gate_unlock(struct bsu_device *dev)
 {
 	atomic_store(&dev->gate_closed, false);
+}
+
+void bsu_gate_open(struct bsu_device *dev)
+{
+	bsu_gate_unlock(dev);
 	bsu_notify_queues(dev);
 }
 

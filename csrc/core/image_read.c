@@ -75,6 +75,14 @@ static void segment_end(struct bsu_segment *segment, int res)
 	}
 }
 
+void bsu_read_given_up(struct bsu_queue *queue, struct bsu_request *rq)
+{
+	if (!rq->result)
+		rq->result = -EIO;
+	rq->pending--;
+	end_if_done(queue, rq);
+}
+
 static int deliver(struct bsu_segment *segment)
 {
 	struct bsu_queue *queue = segment->queue;
@@ -117,6 +125,8 @@ static void segment_done(struct bsu_io *io, int res)
 	struct bsu_segment *segment = container_of(io, struct bsu_segment, io);
 	bool again;
 
+	if (!bsu_segment_io_ended(segment))
+		return;
 	res = check(segment, res, &again);
 	bsu_segment_put_buffer(segment);
 	if (again)
@@ -138,7 +148,8 @@ static void segment_read(struct bsu_task *task)
 	uint64_t offset = segment->start;
 	struct bsu_file *file = dev->origin;
 
-	segment->buf = task->grant;
+	if (!bsu_segment_granted(segment))
+		return;
 	if (segment->slot == BSU_SLOT_ZERO) {
 		memset(segment->buf, 0, segment->length);
 		segment_done(&segment->io, 0);
@@ -161,7 +172,7 @@ static void segment_read(struct bsu_task *task)
 		.op = BSU_OP_READ,
 		.done = segment_done,
 	};
-	bsu_submit(queue, &segment->io);
+	bsu_segment_submit(segment);
 }
 
 static void segment_step(struct bsu_segment *segment)
@@ -184,18 +195,14 @@ static void segment_step(struct bsu_segment *segment)
 		segment_end(segment, -EIO);
 		return;
 	}
-	segment->task.grant = NULL;
-	segment->task.run = segment_read;
 	if (!segment->slot && queue->zero_copy && !(segment->rq->flags & BSU_NEED_COPY)) {
+		segment->task.grant = NULL;
 		segment_read(&segment->task);
 		return;
 	}
 	place = bsu_slot_is_place(segment->slot);
 	kind = place ? BSU_POOL_STORAGE : BSU_POOL_ORIGIN;
-	segment->buf_bytes = place ? (size_t)segment->units << dev->unit_shift : segment->length;
-	segment->task.grant = bsu_pool_get(queue->pool, kind, segment->buf_bytes, &segment->task);
-	if (segment->task.grant)
-		segment_read(&segment->task);
+	bsu_segment_get_buffer(segment, kind, place ? (size_t)segment->units << dev->unit_shift : segment->length, segment_read);
 }
 
 void bsu_image_read(struct bsu_queue *queue, struct bsu_request *rq)

@@ -121,34 +121,3 @@ void bsu_image_request(struct bsu_queue *queue, struct bsu_request *rq)
 	if (rq->state == RUNNING)
 		begin(&rq->task);
 }
-
-struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request *rq)
-{
-	struct bsu_segment *segment = queue->free_segment;
-
-	if (!segment)
-		return NULL;
-	queue->free_segment = segment->next;
-	segment->rq = rq;
-	segment->buf = NULL;
-	return segment;
-}
-
-void bsu_segment_put(struct bsu_segment *segment)
-{
-	struct bsu_queue *queue = segment->queue;
-	struct bsu_task *task;
-
-	segment->next = queue->free_segment;
-	queue->free_segment = segment;
-	task = bsu_tasks_pop(&queue->segment_waiters);
-	if (task)
-		bsu_task_ready(queue, task);
-}
-
-void bsu_segment_put_buffer(struct bsu_segment *segment)
-{
-	if (segment->buf)
-		bsu_pool_put(segment->queue->pool, segment->queue, segment->buf, segment->buf_bytes);
-	segment->buf = NULL;
-}

@@ -50,6 +50,7 @@ static void publish(struct bsu_segment *segment, uint64_t unit, uint32_t slot)
 static void return_places(struct bsu_segment *segment)
 {
 	bsu_storage_return(segment->queue->image->storage, segment->place, segment->units);
+	segment->has_places = false;
 }
 
 static void store_done(struct bsu_io *io, int res)
@@ -60,6 +61,8 @@ static void store_done(struct bsu_io *io, int res)
 	const struct bsu_area *area = bsu_storage_area(storage, segment->place);
 	uint64_t unit = segment->start >> queue->dev->unit_shift;
 
+	if (!bsu_segment_io_ended(segment))
+		return;
 	if (!res && bsu_image_status(queue->image, NULL) != BSU_IMAGE_ACTIVE)
 		res = -EIO;
 	if (res) {
@@ -74,6 +77,7 @@ static void store_done(struct bsu_io *io, int res)
 			       bsu_crc32c(0, data, storage->unit));
 		publish(segment, unit + i, segment->place + i + 1);
 	}
+	segment->has_places = false;
 	bsu_segment_put_buffer(segment);
 	segment->start += segment->length;
 	next_portion(segment);
@@ -106,7 +110,7 @@ static void store(struct bsu_segment *segment)
 		.op = BSU_OP_WRITE,
 		.done = store_done,
 	};
-	bsu_submit(queue, &segment->io);
+	bsu_segment_submit(segment);
 }
 
 /* The next unit, from @unit on, of which only a part is written; UINT64_MAX if there is none. */
@@ -141,6 +145,8 @@ static void fill_done(struct bsu_io *io, int res)
 	uint64_t unit = segment->filling;
 	struct bsu_source source;
 
+	if (!bsu_segment_io_ended(segment))
+		return;
 	atomic_thread_fence(memory_order_seq_cst);
 	if (!bsu_find_source(image, &source)) {
 		res = -EIO;
@@ -209,7 +215,7 @@ static void fill(struct bsu_segment *segment, uint64_t unit)
 		.op = BSU_OP_READ,
 		.done = fill_done,
 	};
-	bsu_submit(queue, &segment->io);
+	bsu_segment_submit(segment);
 }
 
 static void granted(struct bsu_task *task)
@@ -217,7 +223,8 @@ static void granted(struct bsu_task *task)
 	struct bsu_segment *segment = container_of(task, struct bsu_segment, task);
 	uint64_t stop = segment->start + segment->length;
 
-	segment->buf = task->grant;
+	if (!bsu_segment_granted(segment))
+		return;
 	/* The last unit of a device may be short; its place is not. */
 	if (stop == segment->queue->dev->size && stop & (segment->queue->dev->unit - 1))
 		memset((char *)segment->buf + segment->buf_bytes - segment->queue->dev->unit, 0, segment->queue->dev->unit);
@@ -310,12 +317,9 @@ static void next_portion(struct bsu_segment *segment)
 		write_end(segment, -ENOSPC);
 		return;
 	}
+	segment->has_places = true;
 	segment->length = min_u64((unit + segment->units) << dev->unit_shift, segment->end) - segment->start;
-	segment->buf_bytes = (size_t)segment->units << dev->unit_shift;
-	segment->task.run = granted;
-	segment->task.grant = bsu_pool_get(queue->pool, BSU_POOL_STORAGE, segment->buf_bytes, &segment->task);
-	if (segment->task.grant)
-		granted(&segment->task);
+	bsu_segment_get_buffer(segment, BSU_POOL_STORAGE, (size_t)segment->units << dev->unit_shift, granted);
 }
 
 static void write_begin(struct bsu_task *task)

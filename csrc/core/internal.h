@@ -345,16 +345,29 @@ static inline bool bsu_slot_is_place(uint32_t slot)
 
 /* ---- image_read.c, image_write.c ---- */
 
+/*
+ * What a segment waits for. An I/O to or from a buffer can be given up: the
+ * request ends, the segment is busy until the I/O has ended.
+ */
+enum bsu_segment_state {
+	BSU_SEGMENT_STILL = 0,		/* nothing that could be given up */
+	BSU_SEGMENT_BUFFER,
+	BSU_SEGMENT_IO,
+};
+
 /* A part of a request to an image. */
 struct bsu_segment {
 	struct bsu_segment *next;	/* free list */
 	struct bsu_queue *queue;
-	struct bsu_request *rq;
+	struct bsu_request *rq;		/* NULL: given up, what is left only frees */
+	enum bsu_segment_state state;
+	uint64_t limit;			/* ns, of what is waited for */
 	uint64_t start, end;		/* bytes still to be read or written */
 	uint64_t length;		/* bytes of the run under way */
 	uint32_t slot;			/* its source: 0, or the slot of its first unit */
 	uint32_t units;
-	uint32_t place;			/* what is written goes there */
+	uint32_t place;			/* what is written goes there … */
+	bool has_places;		/* … and these places are not published yet */
 	uint64_t filling;		/* unit whose old data is read for a write to a part of it */
 	void *buf;
 	size_t buf_bytes;
@@ -366,6 +379,17 @@ struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request 
 /* Back to the free list; who waits for one goes on. */
 void bsu_segment_put(struct bsu_segment *segment);
 void bsu_segment_put_buffer(struct bsu_segment *segment);
+/* Submits its I/O, which has a limit if the data go through the segment's buffer. */
+void bsu_segment_submit(struct bsu_segment *segment);
+/* Its I/O has ended: false when the segment was given up, and is free now. */
+bool bsu_segment_io_ended(struct bsu_segment *segment);
+/* Waits for pool memory, after which @run goes on with task->grant. */
+void bsu_segment_get_buffer(struct bsu_segment *segment, enum bsu_pool_kind kind, size_t bytes, void (*run)(struct bsu_task *));
+/* The same for a buffer that was granted. */
+bool bsu_segment_granted(struct bsu_segment *segment);
+void bsu_segments_tick(struct bsu_queue *queue, uint64_t now);
+/* How a segment's request goes on when it was given up. */
+void bsu_read_given_up(struct bsu_queue *queue, struct bsu_request *rq);
 void bsu_image_read(struct bsu_queue *queue, struct bsu_request *rq);
 void bsu_image_write(struct bsu_queue *queue, struct bsu_request *rq);
 /* A request has ended, one way or the other. */

@@ -206,6 +206,10 @@ static bool continue_io(struct bsu_queue *queue, struct bsu_io *io, uint64_t don
 
 static void io_result(struct bsu_queue *queue, struct bsu_io *io, int res)
 {
+	if (io->given_up) {
+		io->done(io, res < 0 ? res : 0);
+		return;
+	}
 	if ((res == -EAGAIN || res == -EINTR) && !MUTANT(BSU_MUTANT_AGAIN_IS_ERROR)) {
 		if (++io->retries <= BSU_IO_RETRIES) {
 			queue->ops->submit(queue->ctx, io);
@@ -273,6 +277,8 @@ void bsu_queue_tick(struct bsu_queue *queue)
 	enter(queue);
 	if (queue->oldest)
 		bsu_copies_tick(queue, bsu_now(queue));
+	if (queue->image)
+		bsu_segments_tick(queue, bsu_now(queue));
 	move_all(&queue->ready, &queue->copy_waiters);
 	move_all(&queue->ready, &queue->map_waiters);
 	leave(queue);

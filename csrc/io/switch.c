@@ -42,8 +42,15 @@ static unsigned int wait_drained(struct bsu_device **devices, unsigned int count
 static void open_gates(struct bsu_device **devices, unsigned int count)
 {
 	/* Bottom up: a write let through above finds the gate below open. */
-	while (count--)
-		bsu_gate_open(devices[count]);
+	for (unsigned int i = count; i-- > 0;)
+		bsu_gate_unlock(devices[i]);
+}
+
+/* When all are open: a thread that is woken may take this one's processor. */
+static void wake(struct bsu_device **devices, unsigned int count)
+{
+	for (unsigned int i = 0; i < count; i++)
+		bsu_gate_open(devices[i]);
 }
 
 /*
@@ -74,6 +81,7 @@ static int close_gates(struct bsu_device **devices, unsigned int count, bool in_
 late:
 	*late = drained;
 	open_gates(devices, closed);
+	wake(devices, closed);
 	return -ETIMEDOUT;
 }
 
@@ -108,6 +116,7 @@ int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int cou
 		__atomic_store_n(commit, 1, __ATOMIC_RELEASE);
 	open_gates(devices, count);
 	*gate_ns = now_ns() - begin;
+	wake(devices, count);
 	return 0;
 }
 

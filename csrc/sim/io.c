@@ -41,6 +41,11 @@ unsigned int bsu_sim_started(struct bsu_sim *sim, struct bsu_sim_io *out, unsign
 
 			out[count].unit = copy->unit;
 			out[count].units = copy->count;
+		} else if (sim->queue[entry->queue]->queue->image && io->op == BSU_OP_WRITE) {
+			struct bsu_segment *segment = container_of(io, struct bsu_segment, io);
+
+			out[count].unit = segment->start >> segment->queue->dev->unit_shift;
+			out[count].units = segment->units;
 		}
 		count++;
 	}

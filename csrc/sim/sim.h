@@ -17,7 +17,7 @@ struct bsu_sim_io {
 	uint64_t request;	/* it serves; 0 for a copy */
 	uint64_t offset;
 	uint64_t length;
-	uint64_t unit;		/* of a copy: what it preserves */
+	uint64_t unit;		/* of a copy or a write to an image: what it stores */
 	uint32_t units;
 	uint32_t file;		/* index of bsu_sim_add_file() */
 	uint32_t queue;		/* index of bsu_sim_add_queue() */

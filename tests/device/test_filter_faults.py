@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def linear(folder: Path, name: str, size: int = SIZE) -> Iterator[tuple[Mapped, 
 def fill(path: str, size: int = SIZE) -> None:
     for start in range(0, size, MIB):
         write_at(path, start, os.urandom(MIB))
+
+
+def in_flight(disk: str) -> int:
+    """Requests that the kernel has handed to the driver."""
+    return sum(map(int, Path(f"/sys/block/{Path(disk).name}/inflight").read_text().split()))
+
+
+def destroy_by_force(daemon: OwnDaemon, snapshot: Snapshot) -> None:
+    with daemon.client() as another:
+        another.destroy_snapshots([snapshot.id], force=True)
 
 
 def failing(base: str, first: int, count: int, sectors: int = SECTORS) -> list[str]:
@@ -244,6 +255,35 @@ def test_a_storage_that_falls_silent_holds_writers_up_for_the_limit_and_no_longe
             fio_verify(disk.path, "--ioengine=libaio", "--iodepth=8", "--verify_state_save=0", size="4m")
         for storage in storages:
             storage.resume()
+
+
+@needs_dm
+def test_force_ends_readers_and_writers_of_an_image_whose_storage_is_silent(
+    daemon: OwnDaemon, client: Client, folder: Path, way: str
+) -> None:
+    with ExitStack() as stack:
+        origin = stack.enter_context(loop_device(folder / "origin", SIZE))
+        storage, _ = stack.enter_context(linear(folder, "storage"))
+        disk = stack.enter_context(filtered(client, origin, way, folder))
+        fill(disk.path)
+        snapshot = disk.snapshot(storage.path)
+        write_at(disk.path, 0, os.urandom(UNIT))
+        image = snapshot.images[0].image
+        pool = stack.enter_context(ThreadPoolExecutor())
+        storage.suspend()
+        stack.callback(storage.resume)
+        users = [
+            pool.submit(errno_of_read, image, 0, UNIT),
+            pool.submit(errno_of_write, image, MIB, os.urandom(UNIT)),
+        ]
+        wait_until("both wait", lambda: in_flight(image) == 2)
+        ending = pool.submit(destroy_by_force, daemon, snapshot)
+        assert [user.result(60) for user in users] == [errno.EIO, errno.EIO]
+        assert not ending.done(), "its storage is still in use"
+        storage.resume()
+        ending.result(60)
+        assert not client.list_snapshots()
+        write_at(disk.path, 0, os.urandom(UNIT))
 
 
 @needs_dm

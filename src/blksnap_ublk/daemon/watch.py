@@ -14,7 +14,7 @@ from blksnap_ublk.daemon.forecast import Forecasts
 from blksnap_ublk.errors import BlksnapError, NotFound
 from blksnap_ublk.forms import SnapshotState
 from blksnap_ublk.snapshot import destroy, lifetime, map_memory, naming, report, storages
-from blksnap_ublk.snapshot.catalogue import SnapshotEntry
+from blksnap_ublk.snapshot.catalogue import Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.reconcile import reconcile, try_again
 from blksnap_ublk.snapshot.state_files import ImageStatus
@@ -112,6 +112,9 @@ class Watch:
             self._ends_at[entry.id] = time.monotonic() + END_AGAIN
 
     def _tell_broken(self, entry: SnapshotEntry) -> None:
+        current = self._context.catalogue.snapshot(entry.id)
+        if current is None or current.phase is Phase.DESTROYING:
+            return  # a destroy by force ends its requests in this way
         self._broken.add(entry.id)
         state, error = report.condition(self._context, entry)
         if state is SnapshotState.ACTIVE:

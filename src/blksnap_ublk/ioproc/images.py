@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from blksnap_ublk.engine import Image, ImageStatus, UblkQueue, UblkStatus
 from blksnap_ublk.ioproc.devices import FINISH_LIMIT, OPEN_LIMIT, Devices, FilteredDevice, backend_info, expect
 from blksnap_ublk.ioproc.image_threads import ImageThread, ImageThreads
-from blksnap_ublk.ioproc.messages import FinishImage, ImageReport, OpenImage, ServeDevice, ServeImage
+from blksnap_ublk.ioproc.messages import EndImage, FinishImage, ImageReport, OpenImage, ServeDevice, ServeImage
 from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.ioproc.storages import DifferenceStorage, MapMemory, Storages
 from blksnap_ublk.rpc.descriptors import Descriptors
@@ -118,6 +118,10 @@ class Images:
             queues = start_queues([thread.thread], char, info, path, Backend(image=image.image))
             undo.pop_all()
         image.ublk_id, image.char, image.thread, image.queues = message.ublk_id, char, thread, queues
+
+    def end(self, message: EndImage) -> None:
+        """Raises OSError(ENOENT)."""
+        self.find(message.image).image.break_(ImageStatus.CORRUPTED, errno.ECANCELED)
 
     def finish(self, message: FinishImage) -> None:
         """Raises OSError; ETIMEDOUT while its ublk device is not stopped: call it again then."""

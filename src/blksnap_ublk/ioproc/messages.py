@@ -107,6 +107,14 @@ class ServeImage(msgspec.Struct, tag="serve-image", frozen=True):
     zero_copy: bool
 
 
+class EndImage(msgspec.Struct, tag="end-image", frozen=True):
+    """Before STOP_DEV of an image that is in use: its requests end with EIO within about a second, those that wait for
+    storage too. It is corrupted from then on (ECANCELED), if it was not before.
+    """
+
+    image: str
+
+
 class FinishImage(msgspec.Struct, tag="finish-image", frozen=True):
     """After STOP_DEV of the image's ublk device: let its queue end and close /dev/ublkcN. The image itself stays."""
 
@@ -171,6 +179,7 @@ Message = (
     | AddMapMemory
     | OpenImage
     | ServeImage
+    | EndImage
     | FinishImage
     | Take
     | Drop

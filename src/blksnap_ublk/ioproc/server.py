@@ -80,6 +80,8 @@ class IoServer:
                 self._images.open(message, descriptors)
             case messages.ServeImage():
                 self._images.serve(message)
+            case messages.EndImage():
+                self._images.end(message)
             case messages.FinishImage():
                 self._images.finish(message)
             case messages.Take():

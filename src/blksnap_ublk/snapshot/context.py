@@ -97,3 +97,5 @@ class Context:
     """By device key."""
     conditions: dict[str, DeviceState] = field(default_factory=dict)
     """By device key; a device that is not in it is live."""
+    unsettled: set[str] = field(default_factory=set)
+    """Ids of snapshots whose instant may have come without their devices' histories knowing it yet."""

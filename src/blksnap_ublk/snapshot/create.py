@@ -30,7 +30,7 @@ from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import lifetime, map_memory, naming, report, storages, taking
+from blksnap_ublk.snapshot import destroy, lifetime, map_memory, naming, report, storages, taking
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, Served, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.hook_run import HookRun
@@ -108,6 +108,9 @@ def _present(context: Context, device: DeviceEntry) -> DeviceEntry:
         raise Failed("has been detached meanwhile", subject=device.origin)
     if context.conditions.get(entry.key, DeviceState.LIVE) is not DeviceState.LIVE:
         raise Busy("is being recovered", subject=naming.block_path(entry), errno="EBUSY", advice="try again soon")
+    if any(snapshot.id in context.unsettled for snapshot in naming.snapshots_of(context.catalogue, entry.key)):
+        text = "a snapshot of it that failed is being taken back"
+        raise Busy(text, subject=naming.block_path(entry), errno="EBUSY", advice="try again soon")
     return entry
 
 
@@ -131,6 +134,7 @@ def _create(
     hooks: HookRun,
 ) -> tuple[SnapshotEntry, list[str]]:
     made = None
+    kept = False
     with ExitStack() as undo:
         entry = SnapshotEntry(
             id=str(uuid.uuid4()),
@@ -157,7 +161,9 @@ def _create(
             )
 
         def keep() -> None:
-            """Nothing is undone from here on; what is not complete is for `reconcile`."""
+            """Nothing is undone from here on: what is there is destroyed, here or by `reconcile`."""
+            nonlocal kept
+            kept = True
             if made is not None:
                 storages.hold(context, made)
             undo.pop_all()
@@ -166,15 +172,20 @@ def _create(
         form = report.snapshot_form(context, entry)
         try:
             hooks.before(form, context.io.lost)
-            entry, warnings = taking.take(context, entry, members, freeze=options.freeze, undo=undo, keep=keep)
+            entry, warnings = taking.take(context, entry, members, freeze=options.freeze, keep=keep)
         except BaseException:
             hooks.after(form, taken=False)
+            if kept and entry.id not in context.unsettled:
+                destroy.try_destroy(context, entry)
             raise
         hooks.after(report.snapshot_form(context, entry), taken=True)
-        _start_images(context, entry, members, undo)
+    try:
+        _start_images(context, entry, members)
         entry = msgspec.structs.replace(entry, phase=Phase.ACTIVE)
         context.catalogue.put_snapshot(entry)
-        keep()
+    except BaseException:
+        destroy.try_destroy(context, entry)
+        raise
     context.state.remove(naming.commit_name(entry.id))
     context.emit(
         "taken",
@@ -265,18 +276,18 @@ def _open_image(context: Context, entry: SnapshotEntry, image: ImageEntry, undo:
     history.prepare()
 
 
-def _start_images(context: Context, entry: SnapshotEntry, members: Sequence[DeviceEntry], undo: ExitStack) -> None:
+def _start_images(context: Context, entry: SnapshotEntry, members: Sequence[DeviceEntry]) -> None:
     def start(image: ImageEntry, member: DeviceEntry) -> None:
         with _told_of(member):
             assert image.served is not None
             context.disks.links.image(entry.id, member.name, image.origin, image.served.ublk_id)
-            _start_image(context, image, image.served, undo)
+            _start_image(context, image, image.served)
 
     with _threads(members) as threads:
         list(threads.map(start, entry.images, members))
 
 
-def _start_image(context: Context, image: ImageEntry, served: Served, undo: ExitStack) -> None:
+def _start_image(context: Context, image: ImageEntry, served: Served) -> None:
     message = messages.ServeImage(
         image=image.key,
         ublk_id=served.ublk_id,
@@ -286,13 +297,7 @@ def _start_image(context: Context, image: ImageEntry, served: Served, undo: Exit
         zero_copy=served.zero_copy,
     )
     context.io.call(message)
-    undo.callback(_end_image, context, image, served)
     context.disks.start(served.ublk_id, context.io.pid)
-
-
-def _end_image(context: Context, image: ImageEntry, served: Served) -> None:
-    quietly(context.disks.stop, served.ublk_id)
-    quietly(context.io.end, messages.FinishImage(image.key))
 
 
 def _threads(members: Sequence[DeviceEntry]) -> ThreadPoolExecutor:

@@ -6,17 +6,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import msgspec
 
 from blksnap_ublk.cbt import HistoryError
-from blksnap_ublk.errors import BlksnapError, NotFound, from_os_error
+from blksnap_ublk.errors import BlksnapError, Failed, NotFound, from_os_error
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import disks, naming, storages
+from blksnap_ublk.snapshot import disks, naming, storages, taking
 from blksnap_ublk.snapshot.catalogue import ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 
 _HAND_OVER_LIMIT = 600.0  # seconds in which an image hands to older ones what they need; it comes in portions
+_TRY_LIMIT = 60.0  # the same where others wait for the end of the attempt
 _AT_ONCE = 8  # ublk devices that are removed at the same time
 _log = logging.getLogger(__name__)
 
@@ -36,30 +38,41 @@ def devices_of(snapshot: SnapshotEntry) -> set[str]:
     return {*snapshot.members, *(image.device for image in snapshot.images)}
 
 
-def destroy_locked(context: Context, snapshot: SnapshotEntry, *, force: bool) -> list[str]:
-    """The same for a caller that holds the locks of the devices."""
+def destroy_locked(
+    context: Context, snapshot: SnapshotEntry, *, force: bool, limit: float = _HAND_OVER_LIMIT
+) -> list[str]:
+    """The same for a caller that holds the locks of the devices. `limit`: seconds for an image to leave its device."""
     entry = context.catalogue.snapshot(snapshot.id)
     if entry is None:
         raise NotFound("no such snapshot", subject=snapshot.id)
     warnings = _users(context, entry, force=force)
     if entry.lost is not None:
         storages.refuse_late_writes(context, entry.id)
+    was_told_of = entry.phase is not Phase.CREATING
     entry = msgspec.structs.replace(entry, phase=Phase.DESTROYING)
     context.catalogue.put_snapshot(entry)
     try:
+        if entry.id in context.unsettled:
+            taking.settle(context, entry)
+            context.unsettled.discard(entry.id)
         _end_disks(context, entry.images, force=force)
         for image in entry.images:
-            context.io.end(messages.Drop(image.key), _HAND_OVER_LIMIT)
+            context.io.end(messages.Drop(image.key), limit)
+    except HistoryError as error:
+        raise Failed(str(error), subject=f"snapshot {entry.id}") from None
     except OSError as error:
         raise from_os_error(error, subject=f"snapshot {entry.id}") from None
     for image in entry.images:
         context.state.remove(naming.image_state_name(image))
     warnings += storages.leave(context, entry)
     context.state.remove(naming.commit_name(entry.id))
+    with suppress(OSError):
+        context.disks.links.snapshot_gone(entry.id)
     for image in entry.images:
         _release_number(context, image)
     devices = [image.filtered for image in entry.images]
-    context.emit("destroyed", snapshot=entry.id, device=naming.only_device(entry), devices=devices)
+    if was_told_of:
+        context.emit("destroyed", snapshot=entry.id, device=naming.only_device(entry), devices=devices)
     return warnings
 
 
@@ -88,11 +101,16 @@ def _end_disks(context: Context, images: Sequence[ImageEntry], *, force: bool) -
 
 
 def _end_disk(context: Context, image: ImageEntry, *, force: bool) -> None:
-    if image.served is None or context.disks.state_of(image.served) is None:
-        return
-    context.disks.stop(image.served.ublk_id)
+    """Also where somebody else has removed the disk: the io process holds what is left of it."""
+    is_there = image.served is not None and context.disks.state_of(image.served) is not None
+    if image.served is not None and is_there:
+        if force:
+            # Its requests may wait for a storage that does not answer, and the disk waits for them.
+            context.io.end(messages.EndImage(image.key))
+        context.disks.stop(image.served.ublk_id)
     context.io.end(messages.FinishImage(image.key))
-    context.disks.delete(image.served.ublk_id, in_use=force)
+    if image.served is not None and is_there:
+        context.disks.delete(image.served.ublk_id, in_use=force)
 
 
 def _release_number(context: Context, image: ImageEntry) -> None:
@@ -110,8 +128,8 @@ def _release_number(context: Context, image: ImageEntry) -> None:
 def try_destroy(context: Context, entry: SnapshotEntry) -> bool:
     """Removes what is left of a snapshot by force, whatever state it is in; False, and a log line, when that fails."""
     try:
-        destroy_locked(context, entry, force=True)
-    except BlksnapError as error:
+        destroy_locked(context, entry, force=True, limit=_TRY_LIMIT)
+    except (OSError, BlksnapError) as error:
         _log.error("snapshot %s: could not be removed: %s", entry.id, error)
         return False
     return True

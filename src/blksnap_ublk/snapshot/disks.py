@@ -48,6 +48,7 @@ class Disks:
         self._control = control
         self._tag = _TAG | zlib.crc32(bytes(runtime.absolute()))
         self._without_partitions: set[int] = set()
+        self._stopping: dict[int, Control] = {}
         self.links = Links(runtime)
 
     def add_filtered(self, origin: BlockDevice, queues: int, depth: int) -> Served:
@@ -80,10 +81,24 @@ class Disks:
     def stop(self, ublk_id: int) -> None:
         """Removes the disk, in use or not, without writing back: for images, which go with it, and to undo a start.
 
-        Its users get errors. Nothing happens where there is none. Raises OSError.
+        Its users get errors. Nothing happens where there is none. Raises OSError; TimeoutError while requests of the
+        disk are under way: call it again, it goes on.
         """
         try:
-            self._control.stop(ublk_id, timeout=_STOP_LIMIT)
+            if ublk_id in self._stopping:
+                self._wait_for_stop(ublk_id)
+                return
+            # It may wait for a storage that is silent: the commands of other devices go by another way.
+            own = Control()
+            try:
+                own.stop(ublk_id, timeout=_STOP_LIMIT)
+            except TimeoutError:
+                self._stopping[ublk_id] = own
+                raise
+            except BaseException:
+                own.close()
+                raise
+            own.close()
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise
@@ -95,6 +110,8 @@ class Disks:
         """
         # While the id is still ours: another device may get it next.
         self.links.remove(ublk_id)
+        if (stopping := self._stopping.pop(ublk_id, None)) is not None:
+            stopping.close()
         self._without_partitions.discard(ublk_id)
         if in_use:
             control_plane.discard_unstarted(self._control, ublk_id)
@@ -166,6 +183,19 @@ class Disks:
                     role = Role.of_image(snapshot.id, names[image.device], image.origin)
                     wanted[f"ublkb{image.served.ublk_id}"] = role
         self.links.sweep(there - known, wanted)
+
+    def _wait_for_stop(self, ublk_id: int) -> None:
+        """For a command that was not done in time, and goes on: another one would only wait as well."""
+        end = time.monotonic() + _STOP_LIMIT
+        try:
+            while self._control.info(ublk_id).state is not DeviceState.DEAD:
+                if time.monotonic() > end:
+                    raise TimeoutError(errno.ETIMEDOUT, f"/dev/ublkb{ublk_id}: its requests have not ended")
+                time.sleep(0.05)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+        self._stopping.pop(ublk_id).close()
 
     def _show_partitions(self, ublk_id: int) -> None:
         """Where the kernel looks for partitions by itself it has done so by now."""

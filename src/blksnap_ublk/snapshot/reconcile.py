@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -20,7 +19,7 @@ from blksnap_ublk.errors import BlksnapError, Failed, from_os_error
 from blksnap_ublk.forms import DeviceState
 from blksnap_ublk.host import claim
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import attach, destroy, detach, leftovers, naming, storages
+from blksnap_ublk.snapshot import attach, destroy, detach, leftovers, naming, storages, taking
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState as KernelState
@@ -51,11 +50,13 @@ def reconcile(context: Context) -> None:
             _guarded(device.origin, _open_history, context, device)
         for snapshot in snapshots:
             if snapshot.phase is Phase.CREATING:
-                _guarded(f"snapshot {snapshot.id}", settle_take, context, snapshot)
+                context.unsettled.add(snapshot.id)
+                _guarded(f"snapshot {snapshot.id}", _settle, context, snapshot)
         devices = [_kept(context, device, inventory) for device in devices]
         _restore_devices(context, [device for device in devices if device.phase is Phase.ACTIVE], inventory)
         for snapshot in snapshots:
-            _guarded(f"snapshot {snapshot.id}", _restore_snapshot, context, snapshot, inventory)
+            if snapshot.id not in context.unsettled:
+                _guarded(f"snapshot {snapshot.id}", _restore_snapshot, context, snapshot, inventory)
         for device in devices:
             if device.phase is not Phase.ACTIVE:
                 going = detach.resume if device.phase is Phase.DESTROYING else detach.take_apart
@@ -67,7 +68,7 @@ def reconcile(context: Context) -> None:
 def try_again(context: Context) -> None:
     """Once more for devices that could not be served again, for instance because their origin did not answer.
 
-    The same for what is left of snapshots that were lost.
+    The same for what is left of snapshots that were lost, or whose taking failed half way.
     """
     for key in list(context.conditions):
         with context.locks.holding([key]):
@@ -83,24 +84,19 @@ def try_again(context: Context) -> None:
             entry = context.catalogue.snapshot(snapshot.id)
             if entry is not None and _end_images(context, entry) and entry.phase is not Phase.ACTIVE:
                 destroy.destroy_locked(context, entry, force=True)
-
-
-def settle_take(context: Context, snapshot: SnapshotEntry) -> None:
-    """Ends the take that a snapshot was in the middle of: forward if its instant came, back if not."""
-    try:
-        descriptor = context.state.open(naming.commit_name(snapshot.id))
-    except FileNotFoundError:
-        return
-    with os.fdopen(descriptor, "rb") as file:
-        taken = struct.unpack("<I", file.read(4))[0] == 1
-    for image in snapshot.images:
-        history = context.histories.get(image.device)
-        if history is None or history.prepared is None or history.number + 1 != image.change_number:
+    for snapshot in context.catalogue.snapshots():
+        if snapshot.id not in context.unsettled:
             continue
-        if taken:
-            history.commit(image.change_number)
-        else:
-            history.abort()
+        with context.locks.holding(destroy.devices_of(snapshot)), suppress(BlksnapError, HistoryError, OSError):
+            if snapshot.id in context.unsettled:  # not destroyed meanwhile
+                _settle(context, snapshot)
+                _restore_snapshot(context, snapshot, context.io.inventory())
+
+
+def _settle(context: Context, snapshot: SnapshotEntry) -> None:
+    """Raises OSError, HistoryError; then nothing else may be done with it, and it is tried again."""
+    taking.settle(context, snapshot)
+    context.unsettled.discard(snapshot.id)
 
 
 def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) -> DeviceEntry:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 import msgspec
 
-from blksnap_ublk.cbt import HistoryError
 from blksnap_ublk.errors import BlksnapError, Busy, Failed, Unsupported, errno_symbol
 from blksnap_ublk.forms import Freeze, timestamp
 from blksnap_ublk.host.number import DeviceNumber
@@ -21,26 +21,22 @@ from blksnap_ublk.snapshot.catalogue import DeviceEntry, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.freeze import Freezer, mounted_on
 from blksnap_ublk.snapshot.freeze_order import FileSystem
-from blksnap_ublk.snapshot.undoing import quietly
 
 GATE_LIMIT_MS = 2000
 
 
 def take(
-    context: Context,
-    entry: SnapshotEntry,
-    members: Sequence[DeviceEntry],
-    *,
-    freeze: Freeze,
-    undo: ExitStack,
-    keep: Callable[[], None],
+    context: Context, entry: SnapshotEntry, members: Sequence[DeviceEntry], *, freeze: Freeze, keep: Callable[[], None]
 ) -> tuple[SnapshotEntry, list[str]]:
     """The instant; the entry with what it brought, and warnings. Afterwards the change numbers are used, come what may.
 
     The members stand in the order of the entry's images. No order among them is needed: none is stacked on another,
     attach refuses that. Raises Busy naming a member whose writes do not end in time, Unsupported where freezing is
     required and not possible, Failed, HistoryError, OSError; nothing is switched or left frozen then, except where
-    `keep` was called: whether the instant came is found out by `reconcile`.
+    `keep` was called.
+
+    `keep` is called when the instant has come, or may have: from then on the snapshot is to be destroyed like any
+    other, because the io process may write to its storage. One in `Context.unsettled` is for `reconcile` to destroy.
     """
     systems = [] if freeze is Freeze.NO else _file_systems(context, members)
     with Freezer(systems, context.io.lost) as freezer, ExitStack() as closing:
@@ -58,19 +54,15 @@ def take(
         except IoRefused as error:
             raise _refusal(members, error) from None
         except Failed:
+            context.unsettled.add(entry.id)
             keep()
             raise
         finally:
             in_time = freezer.thaw()
-    try:
-        for image in entry.images:
-            context.histories[image.device].commit(image.change_number)
-    except (OSError, HistoryError):
-        # Writes are marked in the prepared bitmaps by now: they must stay.
-        keep()
-        raise
-    for image in entry.images:
-        undo.callback(quietly, context.histories[image.device].destroy, image.change_number)
+    context.unsettled.add(entry.id)
+    keep()
+    settle(context, entry)
+    context.unsettled.discard(entry.id)
     if not in_time:
         frozen = False
         freezer.warnings.append("file systems had to be thawed before the snapshot was taken; it is as after a crash")
@@ -86,6 +78,28 @@ def take(
     )
     context.catalogue.put_snapshot(entry)
     return entry, freezer.warnings
+
+
+def settle(context: Context, snapshot: SnapshotEntry) -> None:
+    """Tells the histories whether the instant of a snapshot came: forward if it did, back if not. Repeatable.
+
+    Until then no other snapshot of its devices may be taken: their writes may be marked in the prepared bitmaps
+    already. Raises OSError, HistoryError.
+    """
+    try:
+        descriptor = context.state.open(naming.commit_name(snapshot.id))
+    except FileNotFoundError:
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        taken = struct.unpack("<I", file.read(4))[0] == 1
+    for image in snapshot.images:
+        history = context.histories.get(image.device)
+        if history is None or history.prepared is None or history.number + 1 != image.change_number:
+            continue
+        if taken:
+            history.commit(image.change_number)
+        else:
+            history.abort()
 
 
 def _file_systems(context: Context, members: Sequence[DeviceEntry]) -> list[FileSystem]:
