@@ -17,8 +17,9 @@ from blksnap_ublk.engine._engine import ffi, lib
 
 from blksnap_ublk.engine.request import Op
 from tests.unit.sim.disk import Disk
+from tests.unit.sim.judge import COPY_LIMIT_NS
 from tests.unit.sim.shape import SECTOR
-from tests.unit.sim.world import COPY_LIMIT_NS, World
+from tests.unit.sim.world import World
 
 HALF = 40
 
@@ -50,7 +51,7 @@ class Remains:
         self._requests = len(world.requests)
         # What outlives it is its successor's: from here on it has copies.
         self.origins = [bytes(disk.file.data) for disk in world.disks]
-        self.bitmaps = [(disk.bitmap.copy(), disk.swallowed.copy()) for disk in world.disks]
+        self.bitmaps = [(disk.interval.bitmap.copy(), disk.swallowed.copy()) for disk in world.disks]
         for held in self._held:
             held.state = held.state.copy()
 
@@ -114,13 +115,13 @@ def die(world: World, landing: Sequence[int]) -> list[Late]:
     """
     world.sound = False
     late = late_changes(world)
-    left = [request for request in world.requests.values() if request.id not in world.readers]
+    left = [request for request in world.requests.values() if request.id not in world.of_image]
     at = {queue: (disk, n) for disk in world.disks for n, queue in enumerate(disk.queues)}
     remains = Remains(world)
     world.begin()
     world.requests = {}
     for disk, origin, bitmaps in zip(world.disks, remains.origins, remains.bitmaps, strict=True):
-        disk.bitmap, disk.swallowed = bitmaps
+        disk.interval.bitmap, disk.swallowed = bitmaps
         disk.serve(world.sim, world.threads)
         disk.file.data[:] = origin
     world.know_queues()

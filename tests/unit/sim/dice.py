@@ -11,10 +11,12 @@ from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.sim import NEED_COPY, SimIo
 from tests.unit.sim.death import die as death
 from tests.unit.sim.ending import end
-from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, Shape
-from tests.unit.sim.world import S, World
+from tests.unit.sim.judge import S
+from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, TWO_TABLES, Shape
+from tests.unit.sim.world import World
 
 CHANGES = (Op.WRITE,) * 6 + (Op.WRITE_ZEROES, Op.DISCARD)
+IMAGE_CHANGES = (Op.WRITE,) * 4 + (Op.WRITE_ZEROES,)
 FLAGS = (0, 0, 0, 0, Flags.FUA, NEED_COPY, Flags.FUA | NEED_COPY)
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO)
 
@@ -25,9 +27,12 @@ class Dice:
     def __init__(self, seed: int) -> None:
         die = self.die = random.Random(seed)
         tame = die.random() < 0.5
+        large = die.random() < 0.004
+        self.many = 3 if large else die.choice((1, 4, 14))
+        """How many images are held at once."""
         self.world = World(
             Shape(
-                **die.choice(GEOMETRIES[:5] if die.random() < 0.9 else GEOMETRIES),
+                **(TWO_TABLES if large else die.choice(GEOMETRIES[:6] if die.random() < 0.9 else GEOMETRIES)),
                 disks=die.choice((1, 1, 2)),
                 threads=die.choice((1, 2)),
                 queues=die.choice((1, 2, 3)),
@@ -54,7 +59,8 @@ class Dice:
         per_unit = shape.unit // SECTOR
         if die.random() < 0.2:
             return die.randrange(shape.size // SECTOR)
-        unit = die.choice((0, 0, 1, 2, shape.units - 1, min(63, shape.units - 1), min(64, shape.units - 1)))
+        leaf = 64 * die.randrange(1 + shape.units // 64)
+        unit = min(die.choice((0, 0, 1, 2, 63, 64, 65535, 65536, leaf, leaf, shape.units)), shape.units - 1)
         return unit * per_unit + die.choice((0, 0, 0, 1, per_unit - 1))
 
     def sectors(self) -> int:
@@ -70,24 +76,27 @@ class Dice:
         chance = die.random()
         if world.settling and die.random() < 0.2:
             world.portion(die.randrange(len(world.disks)))
-        if chance < 0.003:
+        if chance < 0.002:
             death(world, [die.randrange(60) for _ in range(die.randrange(12))])
         elif chance < 0.02:
             die.choice(self.rare)()
-        elif chance < 0.10:
+        elif chance < 0.12:
             self.instant()
         elif world.ios and die.random() < self.hasty:
             self.some_io()
         elif chance < 0.6:
             world.change(die.randrange(8), die.choice(CHANGES), self.sector(), self.sectors(), self.flags())
-        elif chance < 0.85 and world.held:
+        elif chance < 0.75 and world.held:
             world.read_image(die.randrange(16), self.sector(), self.sectors(), self.flags())
+        elif chance < 0.85 and world.held:
+            world.write_image(die.randrange(16), die.choice(IMAGE_CHANGES), self.sector(), self.sectors(), self.flags())
         elif chance < 0.95:
             world.read(die.randrange(8), self.sector(), self.sectors(), self.flags())
         elif chance < 0.97:
             world.flush(die.randrange(8))
         if not world.prompt and die.random() < 0.5:
-            woken = [queue for queue in world.device_queues if world.sim.woken(queue)]
+            queues = world.device_queues + [held.queue for held in world.held if held.queue is not None]
+            woken = [queue for queue in queues if world.sim.woken(queue)]
             world.run(die.choice(woken) if woken and die.random() < 0.8 else None)
 
     def some_io(self) -> None:
@@ -121,7 +130,7 @@ class Dice:
             world.open_gate(number)
         elif not world.still(disk):
             return
-        elif not world.held or die.random() < 0.4:
+        elif not world.held or (len(world.held) < self.many and die.random() < 0.6):
             world.take(closed, die.randrange(4))
         elif die.random() < 0.7:
             world.drop(die.randrange(16))
@@ -153,6 +162,6 @@ class Dice:
 def play(seed: int, steps: int) -> None:
     """A whole life; AssertionError tells what is wrong."""
     dice = Dice(seed)
-    for _ in range(steps):
+    for _ in range(steps // 10 if dice.world.shape.units > 65536 else steps):
         dice.step()
     end(dice.world, silent=dice.die.random() < 0.5)

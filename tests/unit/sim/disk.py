@@ -14,6 +14,7 @@ import numpy as np
 from blksnap_ublk import engine
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import Simulator
+from tests.unit.sim.interval import Interval
 from tests.unit.sim.shape import SECTOR, Shape
 
 WORDS = SECTOR // 8
@@ -35,7 +36,7 @@ def filled(values: Words) -> Words:
 
 @dataclass
 class Request:
-    """One request; `floor`: for each sector, what a read must not be older than."""
+    """One request; `floor`: for each sector, what a read must not be older than; of an image: what it was."""
 
     id: int
     queue: int
@@ -48,8 +49,11 @@ class Request:
     data: Words | None = None
     write: int = 0
     floor: Any = None
+    also: list[tuple[int, Words]] = field(default_factory=list)
+    """Of a read of an image: what its sectors, counted from its first, have become meanwhile."""
     parked: bool = False
     """It came while the gate was closed, which has not been opened since."""
+    result: int | None = None
     errors: list[int] = field(default_factory=list)
     """Results of its I/O, negative errnos, but for those that only ask for a repetition."""
 
@@ -60,7 +64,7 @@ class Request:
 
     @property
     def changes(self) -> bool:
-        """Whether it may change the origin."""
+        """Whether it may change the disk or the image that it is for."""
         return self.op in (Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES)
 
 
@@ -72,9 +76,9 @@ class Disk:
         self.number = number
         self.size = shape.size
         self.count = self.size // SECTOR
-        self.blocks = (self.size + shape.tracking_block - 1) // shape.tracking_block
-        self.bitmap = self.new_bitmap()
-        self.swallowed = self.new_bitmap()
+        self.interval = Interval(self.size, shape.tracking_block)
+        """The one that the active bitmap is for."""
+        self.swallowed = self.interval.new_bitmap()
         self.serve(sim, threads)
         # What may be there. A write may be seen from its submission on, until another one that was submitted after
         # its end has ended itself. `ended` is indexed by write number, the others by sector.
@@ -85,9 +89,8 @@ class Disk:
         self.zeroing = np.zeros(self.count, dtype=np.int64)
         self.zeroed = np.full(self.count, -1, dtype=np.int64)
         self.words[:] = filled(stamps(1, 0, self.count))
-        # What the active bitmap must have, and may have.
         self.base = self.words.copy()
-        self.touched = np.zeros(self.blocks, dtype=bool)
+        """What it held when the interval began."""
 
     def serve(self, sim: Simulator, threads: list[int]) -> None:
         """Makes the device and its queues, with the bitmaps that there are, on an origin of zeroes."""
@@ -99,7 +102,7 @@ class Disk:
             unit=shape.unit,
             tracking_block=shape.tracking_block,
             origin=self.file,
-            bitmap=self.bitmap,
+            bitmap=self.interval.bitmap,
             swallowed=self.swallowed,
         )
         self.queues = [
@@ -113,18 +116,10 @@ class Disk:
         ]
         self.gate_closed = False
 
-    def new_bitmap(self) -> Any:
-        """A bitmap of whole pages, zeroed."""
-        return np.zeros((self.blocks + 32767) // 32768 * 4096, dtype=np.uint8)
-
-    def touch(self, start: int, length: int) -> None:
-        """Blocks that the active bitmap may have from now on."""
-        self.touched[start // self.shape.tracking_block : (start + length - 1) // self.shape.tracking_block + 1] = True
-
     def submitted(self, request: Request) -> None:
         """A request begins."""
         if request.changes:
-            self.touch(request.start, request.length)
+            self.interval.touch(request.start, request.length)
         if request.op in (Op.DISCARD, Op.WRITE_ZEROES):
             self.zeroing[request.sectors] += 1
         elif request.op is Op.READ:
@@ -168,20 +163,15 @@ class Disk:
 
     def check_bitmap(self) -> None:
         """The active bitmap has every block that differs from the last switch, and none that nobody touched."""
-        marked = np.unpackbits(self.bitmap, bitorder="little")[: self.blocks].astype(bool)
         differs = (self.words != self.base).any(axis=1)
         per_block = self.shape.tracking_block // SECTOR
-        changed = np.logical_or.reduceat(differs, np.arange(0, self.count, per_block))
-        missed = np.flatnonzero(changed & ~marked)
-        assert not len(missed), f"disk {self.number}: tracking blocks {missed} changed and are not marked"
-        invented = np.flatnonzero(marked & ~self.touched)
-        assert not len(invented), f"disk {self.number}: tracking blocks {invented} are marked and nobody touched them"
+        self.interval.must |= np.logical_or.reduceat(differs, np.arange(0, self.count, per_block))
+        self.interval.check()
 
-    def switched(self, bitmap: Any, in_flight: list[Request]) -> None:
+    def switched(self, interval: Interval, in_flight: list[Request]) -> None:
         """An interval begins; `in_flight`: requests that have begun and not ended, which the gate holds."""
-        self.bitmap = bitmap
+        self.interval = interval
         self.base = self.words.copy()
-        self.touched[:] = False
         for request in in_flight:
             if request.changes:
-                self.touch(request.start, request.length)
+                interval.touch(request.start, request.length)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from blksnap_ublk.engine import ImageStatus
-from tests.unit.sim.world import COPY_LIMIT_NS, MAP_LIMIT_NS, World
+from tests.unit.sim.judge import COPY_LIMIT_NS, MAP_LIMIT_NS
+from tests.unit.sim.world import World
 
 READ_SECTORS = 1024
 
@@ -26,7 +27,7 @@ def origins_win(world: World) -> None:
         complete_all(world, storage=False)
         world.tick(COPY_LIMIT_NS)
     complete_all(world, storage=False)
-    left = [request for request in world.requests.values() if request.id not in world.readers]
+    left = [request for request in world.requests.values() if request.id not in world.of_image]
     assert not left, f"silent storage holds back requests of a device: {left}"
 
 
@@ -46,6 +47,9 @@ def end(world: World, *, silent: bool = False) -> None:
     for thread in world.threads:
         assert not world.sim.pool_used(thread), "a buffer was not given back"
     read_images(world)
+    world.hand_over()
+    for store in world.stores:
+        assert store.used == len(world.named_places(store)), "a place is given out and no map has it"
     for disk in world.disks:
         disk.check_bitmap()
         assert (disk.words == disk.words[:, :1]).all(), "a sector of an origin is torn"
@@ -61,7 +65,9 @@ def read_images(world: World) -> None:
             world.read_image(number, start, READ_SECTORS)
             complete_all(world)
         if held.image.status[0] is ImageStatus.ACTIVE and not held.unreadable and not held.store.damaged:
-            assert not held.sim.first_wrong(held.image, held.expected)
+            assert held.sim.first_wrong(held.image, held.content.words) is None
+        for interval in held.intervals:
+            interval.check()
 
 
 def close(world: World) -> None:

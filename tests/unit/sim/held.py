@@ -9,13 +9,18 @@ import numpy as np
 
 from blksnap_ublk import engine
 from blksnap_ublk.engine import ImageStatus
-from blksnap_ublk.engine.sim import SLOT_BAD, Simulator
-from tests.unit.sim.disk import Disk
+from blksnap_ublk.engine.sim import SLOT_BAD, SLOT_ZERO, Simulator
+from tests.unit.sim.disk import WORDS, Disk, Words
+from tests.unit.sim.image_content import ImageContent
+from tests.unit.sim.interval import Interval
+from tests.unit.sim.shape import SECTOR
 from tests.unit.sim.store import Store
+
+SERIAL_BITS = 24
 
 
 class Held:
-    """One member of a snapshot. `expected`: what its disk held at the instant."""
+    """One member of a snapshot. `content`: what its disk held at the instant, and what was written to it since."""
 
     def __init__(self, sim: Simulator, disk: Disk, store: Store, arena: engine.Arena, serial: int) -> None:
         self.sim = sim
@@ -25,25 +30,57 @@ class Held:
         self.state = np.zeros(engine.Image.state_bytes(disk.size, disk.shape.unit), dtype=np.uint8)
         self.disk_device = disk.device
         self.image = engine.Image(disk.device, store.storage, arena, self.state, serial=serial)
-        self.expected: Any = None
         self.queue: int | None = None
         self.status = ImageStatus.ACTIVE
+        self.writes = 0
         self.unreadable: set[int] = set()
         """Units that a copy met an error for, or may have: EIO is right for them."""
+
+    def taken(self, before: Interval, after: Interval) -> None:
+        """This is its instant, between these two intervals."""
+        self.content = ImageContent(self.disk.words.copy())
+        self.intervals = (before, after)
+
+    def new_write(self) -> int:
+        """Number of its next write: no disk and no other image has it."""
+        self.writes += 1
+        return self.serial << SERIAL_BITS | self.writes
 
     def has(self, unit: int) -> bool:
         """Whether its own map has the unit."""
         return self.sim.slot(self.image, unit) != 0
 
     def check(self, chain: list[Held]) -> None:
-        """Read at this moment, with nothing in the way, it would give `expected`. `chain`: it and those after it."""
-        unit = self.sim.first_wrong(self.image, self.expected)
+        """Read at this moment, with nothing in the way, it would give its content. `chain`: it and those after it."""
+        unit = self.sim.first_wrong(self.image, self.content.words)
         while unit is not None:
-            slot = next((slot for held in chain if (slot := self.sim.slot(held.image, unit))), 0)
-            right = unit in self.unreadable if slot == SLOT_BAD else slot - 1 in self.store.damaged
-            where = "the origin" if not slot else "nowhere" if slot == SLOT_BAD else f"place {slot - 1}"
-            assert right, f"image {self.serial} of disk {self.disk.number}: unit {unit} from {where} is not its instant"
-            unit = self.sim.first_wrong(self.image, self.expected, unit + 1)
+            self._check_unit(unit, chain)
+            unit = self.sim.first_wrong(self.image, self.content.words, unit + 1)
+
+    def _check_unit(self, unit: int, chain: list[Held]) -> None:
+        name = f"image {self.serial} of disk {self.disk.number}"
+        own = self.sim.written_slot(self.image, unit)
+        slot = own or next((slot for held in chain if (slot := self.sim.slot(held.image, unit))), 0)
+        if slot == SLOT_BAD:
+            assert unit in self.unreadable, f"{name}: unit {unit} cannot be read, and no copy failed"
+        elif slot - 1 not in self.store.damaged:
+            first = unit * self.disk.shape.unit // SECTOR
+            changed, wrong = self.content.becomes(first, self._rows(unit, slot))
+            where = "the origin" if not slot else "nowhere" if slot == SLOT_ZERO else f"place {slot - 1}"
+            assert wrong is None, f"{name}: sector {wrong} from {where} is not what it holds"
+            assert own, f"{name}: unit {unit} has changed, and was not written"
+            for sector in changed:
+                for interval in self.intervals:
+                    interval.changed(sector * SECTOR)
+
+    def _rows(self, unit: int, slot: int) -> Words:
+        """The sectors of a unit that comes from there."""
+        size = self.disk.shape.unit
+        length = min(size, self.disk.size - unit * size)
+        if slot == SLOT_ZERO:
+            return np.zeros((length // SECTOR, WORDS), dtype=np.uint64)
+        data: Any = self.store.data_of(slot - 1) if slot else self.disk.file.data[unit * size : unit * size + length]
+        return np.frombuffer(data[:length], np.uint64).reshape(-1, WORDS)
 
 
 def would_break(chain: list[Held], units: range) -> set[int]:

@@ -149,6 +149,28 @@ def scattered(world: World, trouble: Trouble) -> None:
     flow(world, trouble)
 
 
+def scribbles(world: World, trouble: Trouble) -> None:
+    """Two images of one content are written to: units and parts, over what is preserved, written, zero or none."""
+    take(world, 0, trouble=trouble)
+    take(world, 0, trouble=trouble)
+    world.change(0, Op.WRITE, 0, 16)
+    flow(world, trouble)
+    world.write_image(0, Op.WRITE, 3, 30)
+    world.read_image(0, 0, 1000)
+    world.write_image(1, Op.WRITE, 0, 8)
+    world.change(1, Op.WRITE, 20, 9)
+    flow(world, trouble)
+    world.write_image(0, Op.WRITE_ZEROES, 4, 20)
+    world.write_image(0, Op.WRITE, 10, 5)
+    world.write_image(1, Op.WRITE, 41, 1000)
+    for image in range(2):
+        world.read_image(image, 0, 1000)
+    flow(world, trouble)
+    drop(world, 0, trouble)
+    world.read_image(0, 0, 1000)
+    flow(world, trouble)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A story and the world it happens in."""
@@ -173,6 +195,7 @@ def _scenarios() -> list[Scenario]:
             Scenario(overwrite, Shape(zero_copy=zero_copy, unit=512, units=150, odd_sectors=0)),
             Scenario(crowd, Shape(zero_copy=zero_copy, threads=1, queues=3, depth=8, storages=((2, 1, 2, 60),))),
             Scenario(generations, two),
+            Scenario(scribbles, plain),
             Scenario(trims, Shape(zero_copy=zero_copy, tracking_block=8192)),
             Scenario(members, Shape(zero_copy=zero_copy, disks=2, depth=8)),
             Scenario(overflow, Shape(zero_copy=zero_copy, depth=8, storages=((3, 1, 1),)), overflows=True),

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import SimIo
+from tests.unit.sim.judge import COPY_LIMIT_NS, MAP_LIMIT_NS
 from tests.unit.sim.shape import SECTOR
-from tests.unit.sim.world import COPY_LIMIT_NS, MAP_LIMIT_NS, World
+from tests.unit.sim.world import World
 
 
 class Kind(enum.Enum):
@@ -20,6 +21,7 @@ class Kind(enum.Enum):
     CHANGE = "a change of the origin"
     READ = "a device's read of its origin"
     IMAGE_FROM_ORIGIN = "an image's read of the origin"
+    IMAGE_WRITE = "an image's write to the storage"
     IMAGE_FROM_STORAGE = "an image's read of the storage"
     FLUSH = "a flush"
 
@@ -28,7 +30,9 @@ def kind_of(world: World, io: SimIo) -> Kind:
     """What an I/O is for."""
     if not io.request:
         return Kind.COPY_READ if io.op is Op.READ else Kind.COPY_WRITE
-    if io.request in world.readers:
+    if io.request in world.of_image and io.op is Op.WRITE:
+        return Kind.IMAGE_WRITE
+    if io.request in world.of_image:
         return Kind.IMAGE_FROM_STORAGE if world.store_of(io) else Kind.IMAGE_FROM_ORIGIN
     return Kind.READ if io.op is Op.READ else Kind.FLUSH if io.op is Op.FLUSH else Kind.CHANGE
 

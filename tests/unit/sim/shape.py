@@ -38,6 +38,7 @@ GEOMETRIES: tuple[dict[str, int], ...] = (
     {},
     {"units": 3, "odd_sectors": 0, "tracking_block": 8192},
     {"unit": 512, "units": 80, "odd_sectors": 0, "tracking_block": 4096},
+    {"unit": 512, "units": 700, "odd_sectors": 0, "tracking_block": 4096},
     {"unit": 8192, "units": 12, "odd_sectors": 15, "tracking_block": 65536},
     {"units": 70, "odd_sectors": 1, "tracking_block": 16384},
     {"units": 300, "odd_sectors": 7, "tracking_block": 65536},
@@ -45,10 +46,14 @@ GEOMETRIES: tuple[dict[str, int], ...] = (
 )
 """Small ones first: failures are easiest to understand there. The last two are larger than a copy, and the pool."""
 
+TWO_TABLES = {"unit": 512, "units": 65536 + 200, "odd_sectors": 0, "tracking_block": 65536}
+"""65536 units belong to one table of a map: slow, because everything of it is looked at after each step."""
+
 STORAGES: tuple[tuple[tuple[int, ...], ...], ...] = (
     ((1000,),),
     ((7, 1, 2, 500), (3, 400)),
     ((2, 1, 1, 9),),
     ((1,) * 60, (300,)),
     ((400,), (400,), (5,)),
+    ((40, 3, 100), (7, 200), (90,), (1, 300)),
 )

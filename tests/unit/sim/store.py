@@ -39,8 +39,8 @@ class Store:
         self.damaged: set[int] = set()
         """Places whose data a test has changed."""
         self._used = 0
-        self.ending = range(0)
-        """Places of the write that completes in this step."""
+        self.unused_before = 0
+        """Places that were left when the step under way began."""
         for units in areas:
             self.grow(units)
 
@@ -64,27 +64,36 @@ class Store:
         """Places given out."""
         return self.storage.used // self.unit
 
+    @property
+    def unused(self) -> int:
+        """Places that are left."""
+        return len(self.places) - self.used
+
+    @property
+    def kept(self) -> int:
+        """Places that writes to images leave to copies."""
+        return (len(self.places) + 7) // 8
+
     def places_of(self, io: SimIo) -> slice:
         """Which places an I/O is about."""
         first = self.files[io.file][1] + (io.offset - GAP) // self.unit
         return slice(first, first + (io.length + self.unit - 1) // self.unit)
 
     def write_began(self, io: SimIo, referred: Callable[[int], bool]) -> None:
-        """A copy writes: nobody else has these places. `referred`: whether an image finds something in a place."""
+        """Something is written: nobody else has these places. `referred`: whether a map has a place."""
         places = self.places_of(io)
         if not io.again:
-            assert io.length == io.units * self.unit or io.request
+            assert io.length == io.units * self.unit
             for place in range(places.start, places.stop):
-                free = self.places[place] == Place.FREE or (
-                    place in self.ending if self.places[place] == Place.BUSY else not referred(place)
-                )
+                known = self.places[place]
+                free = known == Place.FREE or (known == Place.USED and not referred(place))
                 assert free, f"place {place} is given out twice, now for unit {io.unit}"
                 assert self.sim.place_used(self.storage, place), f"place {place} is written and not given out"
         self.places[places] = Place.BUSY
         self.damaged -= set(range(places.start, places.stop))
 
     def write_ended(self, io: SimIo) -> None:
-        """The write of a copy, all of it or its rest, has ended for good."""
+        """A write, all of it or its rest, has ended for good."""
         stop = self.places_of(io).stop
         self.places[stop - io.units : stop] = Place.USED
         self._used = -1
@@ -115,6 +124,12 @@ class Store:
                 data: Any = np.frombuffer(file.data, np.uint8)
                 data[offset + self.unit // 2] ^= 0xFF
                 self.damaged.add(place)
+
+    def data_of(self, place: int) -> Any:
+        """What is in a place at the moment."""
+        file, first = max((area for area in self.files.values() if area[1] <= place), key=lambda area: area[1])
+        offset = GAP + (place - first) * self.unit
+        return file.data[offset : offset + self.unit]
 
     def check_gaps(self) -> None:
         """Nobody wrote outside the areas."""

@@ -15,8 +15,9 @@ from blksnap_ublk.engine.sim import NEED_COPY
 from tests.unit.sim.budget import EXAMPLES, SEEDED, STEPS
 from tests.unit.sim.death import die
 from tests.unit.sim.ending import end
+from tests.unit.sim.judge import S
 from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, Shape
-from tests.unit.sim.world import S, World
+from tests.unit.sim.world import World
 
 few = st.integers(0, 7)
 flags = st.sampled_from([0, Flags.FUA, NEED_COPY, Flags.FUA | NEED_COPY])
@@ -24,9 +25,10 @@ sectors = st.sampled_from([1, 2, 7, 8, 9, 16, 24, 128, 1 << 20])
 starts = st.integers(0, 40) | st.sampled_from([63 * 8, 64 * 8 - 1, 64 * 8]) | st.integers(0, 1 << 12)
 errors = st.sampled_from([errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EINTR])
 changes = st.sampled_from([Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD])
+image_changes = st.sampled_from([Op.WRITE, Op.WRITE, Op.WRITE_ZEROES])
 shapes = st.builds(
     lambda geometry, **rest: Shape(**geometry, **rest),
-    st.sampled_from(GEOMETRIES[:5]),
+    st.sampled_from(GEOMETRIES[:6]),
     disks=st.integers(1, 2),
     threads=st.integers(1, 2),
     queues=st.integers(1, 3),
@@ -42,11 +44,11 @@ class AnyOrder(RuleBasedStateMachine):
 
     world: World | None = None
 
-    @initialize(shape=shapes, prompt=st.booleans(), held=st.booleans(), silent=st.booleans())
-    def begin(self, shape: Shape, prompt: bool, held: bool, silent: bool) -> None:
+    @initialize(shape=shapes, prompt=st.booleans(), held=st.integers(0, 3), silent=st.booleans())
+    def begin(self, shape: Shape, prompt: bool, held: int, silent: bool) -> None:
         self.w = self.world = World(shape, prompt=prompt)
         self.silent = silent
-        if held:
+        for _ in range(held):
             for disk in range(shape.disks):
                 self.w.close_gate(disk)
             assert self.w.take([0, 1], 0)
@@ -73,6 +75,16 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(image=few, start=starts, sectors=sectors, flags=flags)
     def read_image(self, image: int, start: int, sectors: int, flags: int) -> None:
         self.w.read_image(image, start, sectors, flags)
+
+    @precondition(lambda self: self.w.held)
+    @rule(image=few, op=image_changes, start=starts, sectors=sectors, flags=flags)
+    def write_image(self, image: int, op: Op, start: int, sectors: int, flags: int) -> None:
+        self.w.write_image(image, op, start, sectors, flags)
+
+    @precondition(lambda self: self.w.settling)
+    @rule(disk=few)
+    def portion(self, disk: int) -> None:
+        self.w.portion(disk)
 
     @precondition(lambda self: self.w.ios)
     @rule(io=st.integers(0, 30))

@@ -54,7 +54,7 @@ def test_what_was_marked_stays_marked() -> None:
     assert waiting(world) == [Kind.COPY_READ]
     world.change(0, Op.DISCARD, 40, 8)
     die(world, [])
-    assert world.disks[0].bitmap[0] == 0b101010
+    assert world.disks[0].interval.bitmap[0] == 0b101010
     assert waiting(world) == [Kind.CHANGE], "its images are gone, nothing is to be preserved"
     complete_all(world)
     end(world)

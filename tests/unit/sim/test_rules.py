@@ -378,7 +378,7 @@ def test_a_closed_gate_lets_reads_pass_and_is_still_when_what_passed_it_has_ende
     world.flush(1)
     assert waiting(world) == [Kind.CHANGE, Kind.READ, Kind.FLUSH]
     assert not world.still(disk)
-    assert not disk.bitmap[0] & 1 << 2, "what waits at the gate belongs to the interval that begins when it opens"
+    assert not disk.interval.bitmap[0] & 1 << 2, "what waits at the gate belongs to the interval that begins then"
     world.complete(0)
     assert world.still(disk)
     world.open_gate(0)

@@ -10,11 +10,12 @@ import pytest
 from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from tests.unit.sim.ending import complete_all, end, origins_win
+from tests.unit.sim.judge import COPY_LIMIT_NS, MAP_LIMIT_NS
 from tests.unit.sim.look import ACTIVE, find, statuses, waiting
 from tests.unit.sim.scenarios import take
 from tests.unit.sim.script import Kind
 from tests.unit.sim.shape import Shape
-from tests.unit.sim.world import COPY_LIMIT_NS, MAP_LIMIT_NS, World
+from tests.unit.sim.world import World
 
 
 def test_a_second_write_waits_for_the_first_ones_copy() -> None:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Steps of a simulated world that have to do with instants: gates, images that come and go."""
+
+from __future__ import annotations
+
+from tests.unit.sim.disk import Disk
+from tests.unit.sim.held import Held
+from tests.unit.sim.interval import Interval
+from tests.unit.sim.judge import Judge
+from tests.unit.sim.shape import SECTOR
+
+MOST_HELD = 14
+
+
+class Instants(Judge):
+    """Methods as those of World."""
+
+    def close_gate(self, disk: int) -> None:
+        """Changes of this disk wait from now on."""
+        at = self.disks[disk % len(self.disks)]
+        at.device.close_gate()
+        at.gate_closed = True
+
+    def open_gate(self, disk: int) -> None:
+        """They go on."""
+        at = self.disks[disk % len(self.disks)]
+        self.next_step()
+        at.gate_closed = False
+        for request in self.requests.values():
+            request.parked = request.parked and self.disk_of_queue[request.queue] is not at
+        at.device.open_gate()
+        self.settle()
+
+    def take(self, members: list[int], store: int) -> bool:
+        """One instant for these disks; whether it was possible."""
+        disks = list({number % len(self.disks): self.disks[number % len(self.disks)] for number in members}.values())
+        if not disks or not all(self.still(disk) for disk in disks) or len(self.held) >= MOST_HELD:
+            return False
+        self.next_step()
+        intervals = []
+        for disk in disks:
+            self.settle_switch(disk)
+            disk.check_bitmap()
+            self.serial += 1
+            held = Held(self.sim, disk, self.stores[store % len(self.stores)], self.arena, self.serial)
+            disk.device.prepare_take(held.image)
+            intervals.append(Interval(disk.size, self.shape.tracking_block))
+            held.taken(disk.interval, intervals[-1])
+            self.held.append(held)
+        self.sim.switch([disk.device for disk in disks], [interval.bitmap for interval in intervals])
+        for disk, interval in zip(disks, intervals, strict=True):
+            disk.switched(interval, [r for r in self.requests.values() if self.disk_of_queue.get(r.queue) is disk])
+        self.settle()
+        return True
+
+    def drop(self, image: int) -> bool:
+        """An image goes, what older ones need of it is handed over by `portion`; whether it was possible."""
+        if not self.held:
+            return False
+        held = self.held[image % len(self.held)]
+        if not self.still(held.disk):
+            return False
+        self.settle_switch(held.disk)
+        self.next_step()
+        for interval in held.intervals:
+            interval.check()
+        held.disk.device.prepare_drop(held.image)
+        self.sim.switch([held.disk.device], [None], settle=False)
+        self.held.remove(held)
+        self.gone.append(held)
+        self.settling.append(held)
+        self.settle()
+        return True
+
+    def portion(self, disk: int) -> None:
+        """A part of what follows the drop of an image."""
+        at = self.disks[disk % len(self.disks)]
+        going = next((held for held in self.settling if held.disk is at), None)
+        if going:
+            self.next_step()
+            if not self.sim.settle(at.device):
+                self.settling.remove(going)
+            self.settle()
+
+    def hand_over(self) -> None:
+        """All of what follows drops."""
+        while self.settling:
+            self.portion(self.settling[0].disk.number)
+
+    def settle_switch(self, disk: Disk) -> None:
+        """All of it."""
+        while self.sim.settle(disk.device):
+            pass
+        self.settling = [held for held in self.settling if held.disk is not disk]
+
+    def replay(self, disk: int, most: int) -> bool:
+        """A trim that was swallowed is sent; whether there was one and it was possible."""
+        at = self.disks[disk % len(self.disks)]
+        if not self.still(at) or any(held.disk is at for held in self.held):
+            return False
+        self.next_step()
+        found = self.sim.next_swallowed(at.device, most)
+        if found:
+            start, length = found
+            at.words[start // SECTOR : (start + length) // SECTOR] = 0
+            at.interval.touch(start, length)
+        self.settle(origins=True)
+        return found is not None
+
+    def mark(self, disk: int, start: int, sectors: int) -> None:
+        """Blocks are marked as changed by hand."""
+        at = self.disks[disk % len(self.disks)]
+        if at.gate_closed:
+            return
+        start %= at.count
+        length = max(1, min(sectors, at.count - start)) * SECTOR
+        at.device.mark(start * SECTOR, length)
+        at.interval.touch(start * SECTOR, length)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""What must hold in a simulated world between any two steps."""
+
+from __future__ import annotations
+
+import errno
+import functools
+
+import pytest
+
+from blksnap_ublk.engine import ImageStatus
+from blksnap_ublk.engine.request import Op
+from blksnap_ublk.engine.sim import SimIo, SimResult
+from tests.unit.sim.disk import Request
+from tests.unit.sim.held import Held
+from tests.unit.sim.machine import Machine
+from tests.unit.sim.shape import SECTOR, Shape
+from tests.unit.sim.store import Store
+
+S = 1_000_000_000
+COPY_LIMIT_NS = 30 * S
+MAP_LIMIT_NS = 5 * S
+
+
+class Judge(Machine):
+    """Knows what has happened in the step under way, and whether that is a reason for what it sees."""
+
+    def __init__(self, shape: Shape, *, prompt: bool = True) -> None:
+        super().__init__(shape, prompt=prompt)
+        self.store_errors: list[tuple[set[int], int]] = []
+        """Of copies: serials of the images that lack their units, and why."""
+        self.read_errors: set[tuple[int, int]] = set()
+        """Of images' reads from storage: serial, and why."""
+        self.waited: dict[int, int] = {}
+        """Of each disk: how long a request of it has waited at most."""
+
+    def next_step(self) -> None:
+        """A step begins."""
+        self.sound = False
+        self.now += 1
+        self.store_errors.clear()
+        self.read_errors.clear()
+        self.waited.clear()
+        for store in self.stores:
+            store.unused_before = store.unused
+        for held in self.held:
+            held.content.next_step()
+
+    def know(self, started: list[SimIo]) -> None:
+        """I/O that has been submitted."""
+        for io in started:
+            self.ios[io.id] = io
+            assert not io.request or not self.requests[io.request].parked, "a change passes the closed gate"
+            store = self.store_of(io) if io.op is Op.WRITE else None
+            if store:
+                store.write_began(io, functools.partial(self._names, store))
+                self._check_readers(store, io)
+
+    def _names(self, store: Store, place: int) -> bool:
+        return place in self.named_places(store)
+
+    def _check_readers(self, store: Store, write: SimIo) -> None:
+        places = store.places_of(write)
+        for io in self.ios.values():
+            if io.op is not Op.READ or self.store_of(io) is not store:
+                continue
+            read = store.places_of(io)
+            reader = self.of_image.get(io.request)  # None: it was given up
+            trusted = reader is not None and reader.image.status[0] is ImageStatus.ACTIVE
+            under = trusted and read.start < places.stop and places.start < read.stop
+            assert not under, f"a place is written under a reader: {write.offset} of file {write.file}"
+
+    def settle(self, *, origins: bool = False) -> None:
+        """Looks at what the step has done, and checks everything; `origins`: their data may have changed."""
+        if self.prompt:
+            self.sim.run()
+        self.know(self.sim.started())
+        assert not self.sim.violation, self.sim.violation
+        for held in self.held:
+            self._check_image(held)
+        for result in self.sim.results():
+            self._ended(result)
+        for store in self.stores:
+            store.check()
+        for disk in self.disks if origins else ():
+            disk.check()
+        self._free_gone()
+        self.sound = True
+
+    def _ended(self, result: SimResult) -> None:
+        request = self.requests.pop(result.id)
+        held = self.of_image.pop(result.id, None)
+        request.result = result.result
+        success = result.result >= 0
+        if success:
+            expected = request.length if request.op in (Op.READ, Op.WRITE) else 0
+            assert result.result == expected, f"{request.op.name} of {request.length} bytes gave {result.result}"
+        if held:
+            self._image_request_ended(request, held, result)
+            return
+        if success:
+            assert not request.errors, f"{request.op.name} succeeded, its I/O failed: {request.errors}"
+        else:
+            allowed = [-error for error in request.errors] + ([result.data_error] if result.data_error else [])
+            assert result.result in allowed, f"{request.op.name} failed with {result.result}, its I/O with {allowed}"
+        disk = self.disk_of_queue[request.queue]
+        disk.completed(request, success, self.now)
+        if success and request.op is Op.READ:
+            assert request.data is not None
+            assert (request.data == request.data[:, :1]).all(), "a sector was read torn"
+            at = disk.impossible(request.data[:, 0], request.start // SECTOR, request.floor)
+            assert at is None, f"disk {disk.number}: sector {at} was read as it cannot be"
+
+    def _image_request_ended(self, request: Request, held: Held, result: SimResult) -> None:
+        if request.op is Op.FLUSH:
+            assert result.result == 0, "a flush of an image fails"
+            return
+        held.content.ends(request)
+        trusted = held.image.status[0] is ImageStatus.ACTIVE
+        if result.result < 0:
+            self._justify_image_error(request, held, result)
+        elif request.op is Op.READ:
+            if not trusted and held.content.changing:
+                return
+            at = held.content.misread(request)
+            assert at is None, f"image {held.serial}: sector {at} was read as it cannot be"
+        elif trusted:
+            at = held.content.unwritten(request)
+            assert at is None, f"image {held.serial}: sector {at} was not written, and that was said"
+
+    def _justify_image_error(self, request: Request, held: Held, result: SimResult) -> None:
+        if result.data_error and result.result == result.data_error:
+            return
+        if result.result in [-error for error in request.errors]:
+            return
+        if request.changes and result.result == -errno.ENOSPC:
+            slow = self.starved and self.ns - request.submitted_ns >= MAP_LIMIT_NS
+            assert slow or self._may_lack_room(request, held), f"image {held.serial}: there was room to write"
+            return
+        unit = self.shape.unit
+        units = range(request.start // unit, (request.start + request.length - 1) // unit + 1)
+        broken = held.image.status[0] is not ImageStatus.ACTIVE
+        if result.result == -errno.EIO and self.ns - request.submitted_ns >= COPY_LIMIT_NS:
+            return
+        assert result.result == -errno.EIO, f"image {held.serial} failed with {result.result}"
+        assert broken or held.unreadable & set(units), f"image {held.serial} can be trusted and gives EIO"
+
+    def _may_lack_room(self, request: Request, held: Held) -> bool:
+        """Other changes of images may have had places in this step that they have given back since."""
+        store = held.store
+        others = [other for other in self.requests.values() if other.id in self.of_image and other.changes]
+        passing = sum(other.length // store.unit + 2 for other in others if self.of_image[other.id].store is store)
+        return min(store.unused_before, store.unused) - passing <= store.kept
+
+    def _check_image(self, held: Held) -> None:
+        status, error = held.image.status
+        if status is ImageStatus.ACTIVE:
+            chain = self.chain(held)
+            held.check(chain[chain.index(held) :])
+        elif held.status is ImageStatus.ACTIVE:
+            held.status = status
+            if (held.serial, error) not in self.read_errors:
+                assert (error == errno.ENOSPC) is (status is ImageStatus.OVERFLOWN), f"{status.name} for {error}"
+            assert self._may_break(held, error), f"image {held.serial} broke without a reason: {status.name}, {error}"
+
+    def _may_break(self, held: Held, error: int) -> bool:
+        waited = self.waited.get(held.disk.number, 0)
+        return (
+            (error == errno.ENOSPC and held.store.full)
+            or (error == errno.ETIMEDOUT and waited >= COPY_LIMIT_NS)
+            or (error == errno.ENOMEM and waited >= MAP_LIMIT_NS and self.starved)
+            or (error == errno.EBADMSG and bool(held.store.damaged))
+            or (held.serial, error) in self.read_errors
+            or any(held.serial in doomed and error == reason for doomed, reason in self.store_errors)
+        )
+
+    def _free_gone(self) -> None:
+        """Images that were dropped are freed when nothing refers to them any more."""
+        for held in list(self.gone):
+            given_up = held.queue is not None and any(io.queue == held.queue for io in self.ios.values())
+            if given_up or any(reader is held for reader in self.of_image.values()):
+                with pytest.raises(OSError, match="closing an image"):
+                    held.image.close()
+                continue
+            if held.queue is not None:
+                self.sim.del_queue(held.queue)
+                held.queue = None
+            if held in self.settling:
+                continue
+            if held.image.idle:
+                held.image.close()
+                self.gone.remove(held)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""What there is in a simulated world: a process with its devices, storages and images, requests and I/O under way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blksnap_ublk import engine
+from blksnap_ublk.engine.request import Op
+from blksnap_ublk.engine.sim import SLOT_ZERO, HeldMapMemory, SimIo, Simulator
+from tests.unit.sim.disk import Disk, Request
+from tests.unit.sim.held import Held
+from tests.unit.sim.shape import Shape
+from tests.unit.sim.store import Store
+
+
+class Machine:
+    """`prompt`: queues run as soon as they are woken; otherwise `run` is a step."""
+
+    def __init__(self, shape: Shape, *, prompt: bool = True) -> None:
+        self.shape = shape
+        self.prompt = prompt
+        self.serial = 0
+        self.requests: dict[int, Request] = {}
+        self.starved = not shape.map_memory
+        """Whether map memory was ever short."""
+        self.begin()
+        self.disks = [Disk(self.sim, shape, self.threads, number) for number in range(shape.disks)]
+        self.know_queues()
+        self.ns = 1
+        self.now = 1
+        self.sound = True
+        """False from the beginning of a step until its checks are over."""
+
+    def begin(self) -> None:
+        """What a process has for itself when it starts, but for the devices."""
+        self.sim = Simulator()
+        self.threads = [self.sim.add_thread(self.shape.pool) for _ in range(self.shape.threads)]
+        self.arena = engine.Arena()
+        if self.shape.map_memory:
+            self.add_map_memory()
+        self.stores = [Store(self.sim, self.shape.unit, areas) for areas in self.shape.storages]
+        self.held: list[Held] = []
+        """In the order they were taken."""
+        self.settling: list[Held] = []
+        """Dropped and not yet handed over."""
+        self.gone: list[Held] = []
+        """Dropped and not yet freed."""
+        self.ios: dict[int, SimIo] = {}
+        self.applied: set[int] = set()
+        self.of_image: dict[int, Held] = {}
+        """Of requests of images: which one."""
+        self.scarcity: HeldMapMemory | None = None
+
+    def know_queues(self) -> None:
+        """After the queues of the devices were made."""
+        self.disk_of_queue = {queue: disk for disk in self.disks for queue in disk.queues}
+        self.device_queues = list(self.disk_of_queue)
+
+    def pick(self, io: int) -> SimIo | None:
+        """One of the outstanding I/Os."""
+        return list(self.ios.values())[io % len(self.ios)] if self.ios else None
+
+    def store_of(self, io: SimIo) -> Store | None:
+        """The storage that an I/O goes to, None for an origin."""
+        return next((store for store in self.stores if io.file in store.files), None)
+
+    def chain_of_copy(self, io: SimIo) -> list[Held]:
+        """Images that a copy is for, oldest first: of one storage if it is written, of all if it is read."""
+        if io.request:
+            return []
+        disk = self.disk_of_queue[io.queue]
+        every = sorted(self.held + self.settling, key=lambda other: other.serial)
+        return [held for held in every if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)]
+
+    def chain(self, held: Held) -> list[Held]:
+        """The images of its disk and storage, oldest first; also one that is being handed over."""
+        every = sorted(self.held + self.settling, key=lambda other: other.serial)
+        return [other for other in every if other.disk is held.disk and other.store is held.store]
+
+    def still(self, disk: Disk) -> bool:
+        """Whether the gate is closed and nothing that passed it is under way."""
+        return disk.gate_closed and disk.device.drained
+
+    def named_places(self, store: Store) -> set[int]:
+        """Places that a map of an image has."""
+        return {
+            slot - 1
+            for held in self.held + self.gone
+            if held.store is store
+            for unit in range(self.shape.units)
+            for slot in (self.sim.slot(held.image, unit), self.sim.written_slot(held.image, unit))
+            if 0 < slot < SLOT_ZERO
+        }
+
+    def add_map_memory(self) -> None:
+        """Adds a portion."""
+        self.arena.add(np.zeros(engine.ARENA_PORTION, dtype=np.uint8))
