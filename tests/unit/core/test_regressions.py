@@ -42,7 +42,7 @@ def test_swallowed_trims_are_kept_while_an_image_is_held() -> None:
     world.close_gate(0)
     assert world.sim.next_swallowed(disk.device, 1 << 20) == (0, 8192)
     disk.words[:16] = 0
-    disk.touch(0, 8192)
+    disk.interval.touch(0, 8192)
     disk.zeroed[:16] = world.now
     world.open_gate(0)
     end(world)

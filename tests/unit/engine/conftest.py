@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 
 from blksnap_ublk import engine
+from blksnap_ublk.engine.sim import set_mutant
+
+
+@pytest.fixture(autouse=True, scope="session")
+def seeded_bug() -> None:
+    """BSU_MUTANT=N: all tests run with that seeded bug of csrc/core/mutant.h."""
+    if number := int(os.environ.get("BSU_MUTANT", "0")):
+        set_mutant(number)
 
 
 @pytest.fixture
