@@ -207,6 +207,17 @@ def test_a_part_of_an_unreadable_unit_cannot_be_written_all_of_it_can() -> None:
     end(world)
 
 
+def test_old_data_that_is_damaged_breaks_the_image() -> None:
+    world = World(Shape())
+    take(world, 0, trouble=None)
+    world.change(0, Op.WRITE, 0, 8)
+    complete_all(world)
+    world.damage(0, 0)
+    assert result_of(world, world.write_image(0, Op.WRITE, 1, 2)) == -errno.EIO
+    assert statuses(world) == [(ImageStatus.CORRUPTED, errno.EBADMSG)]
+    end(world)
+
+
 @pytest.mark.parametrize("read_only", [True, False], ids=["while old data is read", "while it is stored"])
 @pytest.mark.parametrize("breaks", [True, False], ids=["broken", "dropped"])
 def test_an_image_that_breaks_or_goes_under_a_write(breaks: bool, read_only: bool) -> None:
