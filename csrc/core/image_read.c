@@ -97,25 +97,13 @@ static int deliver(struct bsu_segment *segment)
 
 static int check(struct bsu_segment *segment, int res, bool *again)
 {
-	struct bsu_image *image = segment->queue->image;
 	uint64_t unit = segment->start >> segment->queue->dev->unit_shift;
-	struct bsu_source source;
 
 	*again = false;
-	if (MUTANT(BSU_MUTANT_NO_IMAGE_CHECK))
-		return res ? res : deliver(segment);
-	atomic_thread_fence(memory_order_seq_cst);
-	if (!bsu_find_source(image, &source))
-		return -EIO;
-	if (!bsu_source_is(&source, unit, segment->units, segment->slot)) {
-		*again = true;
-		return 0;
-	}
-	if (bsu_slot_is_place(segment->slot) &&
-	    (res || !bsu_records_hold(image->storage, segment->slot, unit, segment->units, segment->buf))) {
-		bsu_image_break(image, BSU_IMAGE_CORRUPTED, res ? res : EBADMSG);
-		segment->queue->ops->notify(segment->queue->ctx);
-		return -EIO;
+	if (!MUTANT(BSU_MUTANT_NO_IMAGE_CHECK)) {
+		*again = !bsu_source_holds(segment->queue, unit, segment->units, segment->slot, segment->buf, &res);
+		if (*again)
+			return 0;
 	}
 	return res ? res : deliver(segment);
 }
@@ -205,8 +193,7 @@ static void segment_step(struct bsu_segment *segment)
 	bsu_segment_get_buffer(segment, kind, place ? (size_t)segment->units << dev->unit_shift : segment->length, segment_read);
 }
 
-void bsu_image_read(struct bsu_queue *queue, struct bsu_request *rq)
+void bsu_image_read(struct bsu_request *rq)
 {
-	(void)queue;
 	plan_segments(&rq->task);
 }

@@ -70,9 +70,9 @@ static void begin(struct bsu_task *task)
 	struct bsu_request *rq = container_of(task, struct bsu_request, task);
 
 	if (is_change(rq))
-		bsu_image_write(task->queue, rq);
+		bsu_image_write(rq);
 	else
-		bsu_image_read(task->queue, rq);
+		bsu_image_read(rq);
 }
 
 static void wake(struct bsu_queue *queue)

@@ -64,7 +64,7 @@ uint32_t bsu_source_run(const struct bsu_source *source, uint64_t unit, uint32_t
 	return run;
 }
 
-bool bsu_source_is(const struct bsu_source *source, uint64_t unit, uint32_t units, uint32_t slot)
+static bool source_is(const struct bsu_source *source, uint64_t unit, uint32_t units, uint32_t slot)
 {
 	for (uint32_t i = 0; i < units; i++)
 		if (slot_of(source, unit + i) != (bsu_slot_is_place(slot) ? slot + i : slot))
@@ -72,7 +72,8 @@ bool bsu_source_is(const struct bsu_source *source, uint64_t unit, uint32_t unit
 	return true;
 }
 
-bool bsu_records_hold(const struct bsu_storage *storage, uint32_t slot, uint64_t unit, uint32_t units, const void *data)
+/* Whether what was read from storage is what was put there. */
+static bool records_hold(const struct bsu_storage *storage, uint32_t slot, uint64_t unit, uint32_t units, const void *data)
 {
 	const struct bsu_area *area = bsu_storage_area(storage, slot - 1);
 	const struct bsu_record *record = &area->records[slot - 1 - area->first];
@@ -80,5 +81,26 @@ bool bsu_records_hold(const struct bsu_storage *storage, uint32_t slot, uint64_t
 	for (uint32_t i = 0; i < units; i++)
 		if (!bsu_record_holds(&record[i], unit + i, (const char *)data + (size_t)i * storage->unit, storage->unit))
 			return false;
+	return true;
+}
+
+bool bsu_source_holds(struct bsu_queue *queue, uint64_t unit, uint32_t units, uint32_t slot, const void *data, int *res)
+{
+	struct bsu_image *image = queue->image;
+	struct bsu_source source;
+
+	/* Data that an origin write replaced come with its publishing, or with the image broken: see copy_publish(). */
+	atomic_thread_fence(memory_order_seq_cst);
+	if (!bsu_find_source(image, &source)) {
+		*res = -EIO;
+		return true;
+	}
+	if (!source_is(&source, unit, units, slot))
+		return false;
+	if (bsu_slot_is_place(slot) && (*res || !records_hold(image->storage, slot, unit, units, data))) {
+		bsu_image_break(image, BSU_IMAGE_CORRUPTED, *res ? *res : EBADMSG);
+		queue->ops->notify(queue->ctx);
+		*res = -EIO;
+	}
 	return true;
 }

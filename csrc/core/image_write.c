@@ -141,24 +141,14 @@ static void fill_done(struct bsu_io *io, int res)
 {
 	struct bsu_segment *segment = container_of(io, struct bsu_segment, io);
 	struct bsu_queue *queue = segment->queue;
-	struct bsu_image *image = queue->image;
 	uint64_t unit = segment->filling;
-	struct bsu_source source;
 
 	if (!bsu_segment_io_ended(segment))
 		return;
-	atomic_thread_fence(memory_order_seq_cst);
-	if (!bsu_find_source(image, &source)) {
-		res = -EIO;
-	} else if (!bsu_source_is(&source, unit, 1, segment->slot) && !MUTANT(BSU_MUTANT_FILL_UNCHECKED)) {
+	if (!bsu_source_holds(queue, unit, 1, segment->slot, filled_at(segment), &res) && !MUTANT(BSU_MUTANT_FILL_UNCHECKED)) {
 		queue->counters.rereads++;
 		fill(segment, unit);
 		return;
-	} else if (bsu_slot_is_place(segment->slot) &&
-		   (res || !bsu_records_hold(image->storage, segment->slot, unit, 1, filled_at(segment)))) {
-		bsu_image_break(image, BSU_IMAGE_CORRUPTED, res ? res : EBADMSG);
-		queue->ops->notify(queue->ctx);
-		res = -EIO;
 	}
 	if (res) {
 		return_places(segment);
@@ -347,8 +337,7 @@ static void write_begin(struct bsu_task *task)
 	next_portion(segment);
 }
 
-void bsu_image_write(struct bsu_queue *queue, struct bsu_request *rq)
+void bsu_image_write(struct bsu_request *rq)
 {
-	(void)queue;
 	write_begin(&rq->task);
 }

@@ -333,10 +333,13 @@ struct bsu_source {
 bool bsu_find_source(struct bsu_image *image, struct bsu_source *source);
 /* Units from @unit on, at most @max, that come from one source in a row; the slot of the first. */
 uint32_t bsu_source_run(const struct bsu_source *source, uint64_t unit, uint32_t max, uint32_t *slot);
-/* Whether they still do. */
-bool bsu_source_is(const struct bsu_source *source, uint64_t unit, uint32_t units, uint32_t slot);
-/* Whether what was read from storage is what was put there, by its records. */
-bool bsu_records_hold(const struct bsu_storage *storage, uint32_t slot, uint64_t unit, uint32_t units, const void *data);
+/*
+ * After a read of these units from @slot on into @data (NULL: the origin, in
+ * place), which ended with *@res: false when the source has changed, and they
+ * are to be read again. Otherwise the data can be trusted, or *@res is an error;
+ * storage that did not give what was put there breaks the image.
+ */
+bool bsu_source_holds(struct bsu_queue *queue, uint64_t unit, uint32_t units, uint32_t slot, const void *data, int *res);
 
 static inline bool bsu_slot_is_place(uint32_t slot)
 {
@@ -390,8 +393,8 @@ bool bsu_segment_granted(struct bsu_segment *segment);
 void bsu_segments_tick(struct bsu_queue *queue, uint64_t now);
 /* How a segment's request goes on when it was given up. */
 void bsu_read_given_up(struct bsu_queue *queue, struct bsu_request *rq);
-void bsu_image_read(struct bsu_queue *queue, struct bsu_request *rq);
-void bsu_image_write(struct bsu_queue *queue, struct bsu_request *rq);
+void bsu_image_read(struct bsu_request *rq);
+void bsu_image_write(struct bsu_request *rq);
 /* A request has ended, one way or the other. */
 void bsu_image_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res);
 

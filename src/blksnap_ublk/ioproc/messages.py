@@ -263,4 +263,4 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 Answer = Done | Refused
 
-VERSION = 1
+VERSION = 2
