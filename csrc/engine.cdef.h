@@ -43,6 +43,8 @@ size_t bsu_storage_state_bytes(void);
 size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t length);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
+void bsu_storage_set_room(struct bsu_storage *storage, uint64_t wait_ns, uint64_t low);
+void bsu_storage_set_rate(struct bsu_storage *storage, uint64_t bytes_per_s);
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);
 
 struct bsu_device_config {
@@ -63,9 +65,12 @@ void bsu_gate_open(struct bsu_device *dev);
 int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
 void bsu_prepare_cancel(struct bsu_device *dev);
+bool bsu_drop_needs_gate(const struct bsu_device *dev);
 void bsu_switch(struct bsu_device *dev, void *bitmap);
 int bsu_settle(struct bsu_device *dev);
 int bsu_device_mark(struct bsu_device *dev, uint64_t start, uint64_t length);
+void bsu_device_forget_swallowed(struct bsu_device *dev, uint64_t start, uint64_t length);
+bool bsu_device_waits_for_room(struct bsu_device *dev);
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length);
 
 enum bsu_image_status { ... };
@@ -78,6 +83,7 @@ struct bsu_image_config {
 };
 size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit);
 struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err);
+int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length);
 int bsu_image_free(struct bsu_image *image);
 void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error);
 enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error);
@@ -133,6 +139,7 @@ int bsu_thread_stop(struct bsu_thread *thread, unsigned int timeout_ms);
 int bsu_thread_add_barrier(struct bsu_thread *thread, int fd);
 int bsu_thread_del_barrier(struct bsu_thread *thread, int slot);
 int bsu_notify_fd(void);
+void bsu_set_doorbell(int fd);
 
 enum bsu_ublk_status { ... };
 struct bsu_ublk_config {
@@ -180,6 +187,7 @@ int bsu_py_event_fd(const struct bsu_py *py);
 int bsu_py_take(struct bsu_py *py, struct bsu_py_request *out, unsigned int max);
 int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *results, unsigned int count);
 
+int bsu_wait_for_room(struct bsu_device **devices, unsigned int count, unsigned int limit_ms, unsigned int *late);
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
 		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late);
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);

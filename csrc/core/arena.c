@@ -13,6 +13,8 @@
 #define PORTION_PAGES (BSU_ARENA_PORTION / BSU_MAP_PAGE)
 #define PAGE_LEAVES (BSU_MAP_PAGE / sizeof(struct bsu_leaf))
 
+static struct bsu_leaf zero_leaf = { .slot = { [0 ... BSU_LEAF_UNITS - 1] = BSU_SLOT_ZERO } };
+
 struct bsu_arena *bsu_arena_new(void)
 {
 	struct bsu_arena *arena = calloc(1, sizeof(*arena));
@@ -70,6 +72,8 @@ struct bsu_table *bsu_arena_table(const struct bsu_arena *arena, uint32_t index)
 
 struct bsu_leaf *bsu_arena_leaf(const struct bsu_arena *arena, uint32_t index)
 {
+	if (index == BSU_LEAF_ZERO)
+		return &zero_leaf;
 	return (struct bsu_leaf *)(page_at(arena, (index - 1) / PAGE_LEAVES)) + (index - 1) % PAGE_LEAVES;
 }
 
@@ -143,6 +147,8 @@ void bsu_arena_put_table(struct bsu_arena *arena, uint32_t index)
 
 void bsu_arena_put_leaf(struct bsu_arena *arena, uint32_t index)
 {
+	if (index == BSU_LEAF_ZERO)
+		return;
 	pthread_mutex_lock(&arena->lock);
 	*(uint32_t *)bsu_arena_leaf(arena, index) = arena->free_leaf;
 	arena->free_leaf = index;

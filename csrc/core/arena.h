@@ -10,6 +10,7 @@ struct bsu_leaf;
 struct bsu_table;
 
 struct bsu_table *bsu_arena_table(const struct bsu_arena *arena, uint32_t index);
+/* BSU_LEAF_ZERO is one that all have in common, never to be written. */
 struct bsu_leaf *bsu_arena_leaf(const struct bsu_arena *arena, uint32_t index);
 /* Zeroed; 0 when map memory is used up. */
 uint32_t bsu_arena_new_table(struct bsu_arena *arena);

@@ -75,7 +75,7 @@ static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
 	struct bsu_task *task;
 
 	if (copy->buf && !(MUTANT(BSU_MUTANT_LEAK_BUFFER) && copy->given_up))
-		bsu_pool_put(queue->pool, queue, copy->buf, copy_bytes(copy));
+		bsu_pool_put(queue->pool, queue, image->storage, copy->buf, copy_bytes(copy));
 	release_waiters(queue, copy);
 	if (copy->older)
 		copy->older->newer = copy->newer;
@@ -97,12 +97,11 @@ static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
 
 static void copy_break(struct bsu_queue *queue, struct bsu_copy *copy, int error)
 {
-	enum bsu_image_status status = error == -ENOSPC ? BSU_IMAGE_OVERFLOWN : BSU_IMAGE_CORRUPTED;
 	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&queue->dev->view), copy->image->storage);
 
 	/* A copy that was given up may end after its image has gone. */
 	for (uint32_t i = 0; chain && i < copy->count; i++)
-		bsu_chain_break(queue, chain, copy->unit + i, status, error);
+		bsu_chain_break(queue, chain, copy->unit + i, BSU_IMAGE_CORRUPTED, error);
 }
 
 static void copy_read(struct bsu_queue *queue, struct bsu_copy *copy)
@@ -157,7 +156,7 @@ void bsu_copy_start(struct bsu_copy *copy)
 	queue->counters.copies++;
 	atomic_fetch_add_explicit(&copy->image->users, 1, memory_order_relaxed);
 	copy->task.run = copy_granted;
-	copy->task.grant = bsu_pool_get(queue->pool, BSU_POOL_STORAGE, copy_bytes(copy), &copy->task);
+	copy->task.grant = bsu_pool_get(queue->pool, BSU_POOL_STORAGE, copy->image->storage, copy_bytes(copy), &copy->task);
 	if (copy->task.grant)
 		copy_granted(&copy->task);
 }
@@ -257,6 +256,8 @@ static void copy_store_done(struct bsu_io *io, int res)
 	struct bsu_copy *copy = container_of(io, struct bsu_copy, io);
 	struct bsu_queue *queue = io->queue;
 
+	if (atomic_load_explicit(&copy->image->storage->silent, memory_order_relaxed))
+		atomic_store_explicit(&copy->image->storage->silent, false, memory_order_relaxed);
 	if (MUTANT(BSU_MUTANT_LATE_COPY) && copy->given_up && !res && publish_in_newest(queue, copy)) {
 		copy_end(queue, copy);
 		return;
@@ -280,6 +281,8 @@ static void copy_store_done(struct bsu_io *io, int res)
 static void give_up(struct bsu_queue *queue, struct bsu_copy *copy)
 {
 	copy->given_up = true;
+	if (copy->state == BSU_COPY_STORE)
+		atomic_store_explicit(&copy->image->storage->silent, true, memory_order_relaxed);
 	if (MUTANT(BSU_MUTANT_RETURN_EARLY))
 		bsu_storage_return(copy->image->storage, copy->place, copy->count);
 	if (!MUTANT(BSU_MUTANT_GIVE_UP_SILENTLY))

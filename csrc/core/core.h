@@ -51,6 +51,7 @@ struct bsu_task {
 	void (*run)(struct bsu_task *task);
 	void *grant;		/* pool memory that was waited for */
 	size_t want;
+	const void *owner;	/* see bsu_pool_get() */
 };
 
 /*
@@ -119,6 +120,8 @@ struct bsu_queue_ops {
 	void (*notify)(void *ctx);
 	/* Monotonic clock in ns. */
 	uint64_t (*now)(void *ctx);
+	/* Its thread: bsu_queue_run() is to be called at that time. Without it, bsu_queue_tick() does. */
+	void (*later)(void *ctx, uint64_t when);
 };
 
 /* ---- buffers: one pool for each thread, shared by the queues on it ---- */
@@ -160,6 +163,14 @@ void bsu_storage_free(struct bsu_storage *storage);
 int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records);
 size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t length);
 size_t bsu_storage_state_bytes(void);
+/*
+ * What happens when it is full: a writer waits for room so long, then what
+ * lacks its units overflows; 0: at once, also for those that wait now. ops->notify()
+ * is called, once, when less than @low bytes are free, and when a writer waits.
+ */
+void bsu_storage_set_room(struct bsu_storage *storage, uint64_t wait_ns, uint64_t low);
+/* How fast copies may fill it; 0: no limit. Writers wait their turn. */
+void bsu_storage_set_rate(struct bsu_storage *storage, uint64_t bytes_per_s);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);
@@ -205,6 +216,11 @@ uint64_t bsu_gate_rested(const struct bsu_device *dev);
 int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
 void bsu_prepare_cancel(struct bsu_device *dev);
+/*
+ * Whether the drop that was prepared needs the gate closed and drained: not
+ * when copies go to a younger image anyway.
+ */
+bool bsu_drop_needs_gate(const struct bsu_device *dev);
 void bsu_switch(struct bsu_device *dev, void *bitmap);
 /*
  * A portion of what follows a switch, in bounded time: what older images need
@@ -226,6 +242,11 @@ int bsu_device_mark(struct bsu_device *dev, uint64_t start, uint64_t length);
  */
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length);
 
+/* Trims in a range are not sent any more: it belongs to somebody else now. */
+void bsu_device_forget_swallowed(struct bsu_device *dev, uint64_t start, uint64_t length);
+/* Whether a write that passed the gate waits for room in a storage. */
+bool bsu_device_waits_for_room(struct bsu_device *dev);
+
 /* ---- images ---- */
 
 enum bsu_image_status {
@@ -245,6 +266,11 @@ struct bsu_image_config {
 
 size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit);
 struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err);
+/*
+ * Before it is taken: these bytes, whole units, read as zeroes and are never
+ * preserved for it. -ENOMEM when map memory is used up: add some, call it again.
+ */
+int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length);
 /*
  * A portion of giving back the places and the map memory of an image that was
  * dropped and settled, or never taken. 0 when all is done, 1 when there is

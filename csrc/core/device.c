@@ -110,6 +110,12 @@ void bsu_device_unswallow(struct bsu_device *dev, uint64_t start, uint64_t lengt
 	bsu_bits_clear(dev->swallowed, start >> dev->tracking_shift, (start + length - 1) >> dev->tracking_shift);
 }
 
+void bsu_device_forget_swallowed(struct bsu_device *dev, uint64_t start, uint64_t length)
+{
+	if (start < dev->size && length && length <= dev->size - start)
+		bsu_device_unswallow(dev, start, length);
+}
+
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length)
 {
 	const struct bsu_view *view = atomic_load(&dev->view);

@@ -19,7 +19,7 @@ static void origin_done(struct bsu_io *io, int res)
 	if (rq->buf) {
 		if (!res && rq->op == BSU_OP_READ)
 			res = queue->ops->copy_to_request(queue->ctx, rq, 0, rq->buf, rq->length);
-		bsu_pool_put(queue->pool, queue, rq->buf, rq->length);
+		bsu_pool_put(queue->pool, queue, NULL, rq->buf, rq->length);
 		rq->buf = NULL;
 	}
 	if (!res && (rq->op == BSU_OP_READ || rq->op == BSU_OP_WRITE))
@@ -55,7 +55,7 @@ static void origin_granted(struct bsu_task *task)
 	if (rq->op == BSU_OP_WRITE)
 		ret = queue->ops->copy_from_request(queue->ctx, rq, 0, rq->buf, rq->length);
 	if (ret) {
-		bsu_pool_put(queue->pool, queue, rq->buf, rq->length);
+		bsu_pool_put(queue->pool, queue, NULL, rq->buf, rq->length);
 		bsu_request_end(queue, rq, ret);
 		return;
 	}
@@ -75,7 +75,7 @@ void bsu_origin_io(struct bsu_queue *queue, struct bsu_request *rq)
 		return;
 	}
 	rq->task.run = origin_granted;
-	rq->task.grant = bsu_pool_get(queue->pool, BSU_POOL_ORIGIN, rq->length, &rq->task);
+	rq->task.grant = bsu_pool_get(queue->pool, BSU_POOL_ORIGIN, NULL, rq->length, &rq->task);
 	if (rq->task.grant)
 		origin_granted(&rq->task);
 }
@@ -84,6 +84,9 @@ void bsu_device_request(struct bsu_queue *queue, struct bsu_request *rq)
 {
 	bool data = rq->op == BSU_OP_READ || rq->op == BSU_OP_WRITE;
 
+	/* Looked at first: the line is shared by all queues. */
+	if (!atomic_load_explicit(&queue->dev->seen, memory_order_relaxed))
+		atomic_store_explicit(&queue->dev->seen, true, memory_order_relaxed);
 	if (!queue->dev->origin) {
 		bsu_request_end(queue, rq, data ? (int)rq->length : 0);
 		return;

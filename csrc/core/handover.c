@@ -27,12 +27,18 @@ static uint32_t slot_at(const struct bsu_leaf *leaf, unsigned int at)
 	return atomic_load_explicit(&leaf->slot[at], memory_order_acquire);
 }
 
+/* Zeroes in a map of what was preserved are exempt from that. */
+static bool is_preserved(uint32_t slot)
+{
+	return slot != BSU_SLOT_EMPTY && slot != BSU_SLOT_ZERO;
+}
+
 static uint64_t count_slots(const struct bsu_leaf *leaf)
 {
 	uint64_t count = 0;
 
 	for (unsigned int at = 0; at < BSU_LEAF_UNITS; at++)
-		count += slot_at(leaf, at) != BSU_SLOT_EMPTY;
+		count += is_preserved(slot_at(leaf, at));
 	return count;
 }
 
@@ -46,7 +52,7 @@ static uint64_t give_slots(const struct bsu_leaf *leaf, struct bsu_leaf *older)
 		if (slot == BSU_SLOT_EMPTY || slot_at(older, at) != BSU_SLOT_EMPTY)
 			continue;
 		atomic_store_explicit(&older->slot[at], slot, memory_order_release);
-		count++;
+		count += is_preserved(slot);
 	}
 	return count;
 }
@@ -90,6 +96,11 @@ uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uin
 	return count;
 }
 
+static bool is_zero_leaf(const struct bsu_table *table, unsigned int at)
+{
+	return atomic_load_explicit(&table->leaf[at], memory_order_relaxed) == BSU_LEAF_ZERO;
+}
+
 static void prune_slots(struct bsu_leaf *leaf, const struct bsu_leaf *older)
 {
 	if (MUTANT(BSU_MUTANT_PLACE_UNDER_READER))
@@ -115,7 +126,7 @@ void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t en
 
 		if (!leaf)
 			continue;
-		if (leaf == own)
+		if (leaf == own || is_zero_leaf(table, at))
 			atomic_store_explicit(&table->leaf[at], 0, memory_order_relaxed);
 		else if (own)
 			prune_slots(leaf, own);

@@ -55,6 +55,16 @@ struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
 	return image;
 }
 
+int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length)
+{
+	const struct bsu_device *dev = image->dev;
+
+	if (start >= dev->size || !length || length > dev->size - start || (start | length) & (dev->unit - 1) ||
+	    atomic_load(&image->taken))
+		return -EINVAL;
+	return bsu_map_fill_zero(&image->map, start >> dev->unit_shift, length >> dev->unit_shift);
+}
+
 bool bsu_image_idle(const struct bsu_image *image)
 {
 	return !atomic_load(&image->users);
@@ -120,6 +130,8 @@ void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int 
 		return;
 	atomic_compare_exchange_strong(&state->error, &none, error < 0 ? -error : error);
 	atomic_compare_exchange_strong(&state->status, &expected, status);
+	/* Nobody needs room for it any more. */
+	bsu_room_wake(image->storage);
 }
 
 enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error)

@@ -42,8 +42,7 @@ static void plan_segments(struct bsu_task *task)
 		if (!segment) {
 			if (rq->pending == 1) {
 				rq->pending = 0;
-				task->run = plan_segments;
-				bsu_tasks_push(&queue->segment_waiters, task);
+				bsu_segment_wait(queue, rq, plan_segments);
 				return;
 			}
 			break;

@@ -320,8 +320,7 @@ static void write_begin(struct bsu_task *task)
 	struct bsu_segment *segment = bsu_segment_get(queue, rq);
 
 	if (!segment) {
-		task->run = write_begin;
-		bsu_tasks_push(&queue->segment_waiters, task);
+		bsu_segment_wait(queue, rq, write_begin);
 		return;
 	}
 	/*

@@ -69,11 +69,14 @@ enum bsu_pool_kind {
 	BSU_POOL_STORAGE = 1,		/* also to the difference storage, which may be silent */
 };
 
-/* NULL: @task is queued and will run with task->grant set. */
-void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, size_t bytes, struct bsu_task *task);
+/*
+ * NULL: @task is queued and will run with task->grant set. @owner: whose silence
+ * could keep the memory, for instance a storage; others find some left. NULL: nobody's.
+ */
+void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, const void *owner, size_t bytes, struct bsu_task *task);
 /* The largest request that can ever be granted. */
 size_t bsu_pool_largest(const struct bsu_pool *pool);
-void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, void *memory, size_t bytes);
+void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, const void *owner, void *memory, size_t bytes);
 bool bsu_pool_forget(struct bsu_pool *pool, struct bsu_task *task);
 
 /* ---- map.c ---- */
@@ -105,6 +108,8 @@ uint32_t bsu_map_get(const struct bsu_map *map, uint64_t unit);
 uint64_t bsu_map_absent(const struct bsu_map *map, uint64_t unit);
 /* Makes the leaves for [first, first+count) exist; -ENOMEM when map memory is used up. */
 int bsu_map_reserve(struct bsu_map *map, uint64_t first, uint64_t count);
+/* The same, and zeroes where nothing is published yet. For a map that nobody uses. */
+int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count);
 void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot);
 
 /* ---- handover.c: maps of images that go ---- */
@@ -138,6 +143,14 @@ struct bsu_storage {
 	uint32_t cursor;		/* place from which free ones are looked for */
 	_Atomic unsigned int nr_areas;
 	_Atomic int users;		/* images */
+	_Atomic bool silent;		/* a write to it was given up, and none has ended since */
+	_Atomic uint64_t wait_ns;	/* for room; 0: full is full */
+	uint64_t low;			/* places; when less is free, control is told, once */
+	bool low_told;
+	_Atomic bool got_low;
+	struct bsu_tasks room_waiters;
+	_Atomic uint64_t rate;		/* bytes/s of copies, 0: any */
+	_Atomic uint64_t next_turn;	/* ns */
 	struct bsu_area area[BSU_AREAS_MAX];
 };
 
@@ -149,6 +162,8 @@ enum bsu_places_for {
 
 /* Up to @want places in a row of one area. Returns how many, 0 when there are none. */
 uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom, uint32_t want, uint32_t *first);
+/* Whether less than what was asked for was left since the last call. */
+bool bsu_storage_got_low(struct bsu_storage *storage);
 /* Places that nobody reads, writes or finds in a map any more. */
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count);
 const struct bsu_area *bsu_storage_area(const struct bsu_storage *storage, uint32_t place);
@@ -156,6 +171,22 @@ uint64_t bsu_storage_offset(const struct bsu_storage *storage, const struct bsu_
 void bsu_record_set(struct bsu_record *record, uint32_t serial, uint64_t unit, uint32_t data_crc);
 /* Whether @data is what the record says was preserved for @unit. */
 bool bsu_record_holds(const struct bsu_record *record, uint64_t unit, const void *data, uint32_t length);
+
+/* ---- room.c: waiting for a storage ---- */
+
+/* ns that a writer waits for room; 0: not at all. */
+uint64_t bsu_room_limit(const struct bsu_storage *storage);
+/* False when there is room, or nobody is to wait any more: look again. */
+bool bsu_room_wait(struct bsu_storage *storage, struct bsu_task *task);
+/* storage.lock held: all that wait look again. */
+void bsu_room_changed(struct bsu_storage *storage);
+/* The same for callers without the lock. */
+void bsu_room_wake(struct bsu_storage *storage);
+/* The tasks of one queue look again. */
+void bsu_room_recall(struct bsu_storage *storage, struct bsu_queue *queue);
+/* When the next copy may begin, in ns; 0: now. */
+uint64_t bsu_turn(struct bsu_storage *storage, uint64_t now);
+void bsu_turn_taken(struct bsu_storage *storage, uint64_t now, uint64_t bytes);
 
 /* ---- device.c, switch.c ---- */
 
@@ -220,6 +251,8 @@ struct bsu_device {
 	enum bsu_settling settling;
 	uint64_t settled;		/* directory entries dealt with */
 	_Atomic int images;
+	_Atomic bool seen;		/* a request to the device itself, for images to yield to */
+	_Atomic uint64_t seen_at;	/* ns */
 
 	pthread_mutex_t lock;		/* queues, claims */
 	struct bsu_queue *queues;	/* of the device and of its images */
@@ -379,6 +412,8 @@ struct bsu_segment {
 };
 
 struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request *rq);
+/* For a request that has none: @run goes on when there may be one. Not for ever: the request may end with EIO. */
+void bsu_segment_wait(struct bsu_queue *queue, struct bsu_request *rq, void (*run)(struct bsu_task *));
 /* Back to the free list; who waits for one goes on. */
 void bsu_segment_put(struct bsu_segment *segment);
 void bsu_segment_put_buffer(struct bsu_segment *segment);
@@ -417,11 +452,14 @@ struct bsu_queue {
 	_Atomic uint64_t entered, left;
 
 	_Atomic(struct bsu_task *) inbox;
+	_Atomic unsigned int visitors;	/* threads that are handing it a task */
 	_Atomic bool retry;		/* the gate was opened, or map memory added */
 	struct bsu_tasks ready;
 	struct bsu_tasks parked;
 	struct bsu_tasks map_waiters;
 	struct bsu_tasks copy_waiters;
+	struct bsu_tasks throttled;
+	uint64_t throttled_until;
 	struct bsu_tasks segment_waiters;
 	/* Requests of an image, by arrival, and how many of them change it. */
 	struct bsu_request *oldest_request, *newest_request;
@@ -434,6 +472,7 @@ struct bsu_queue {
 	struct bsu_copy *copies;
 	struct bsu_segment *segments;
 	unsigned int nr_copies, nr_segments;
+	unsigned int segments_out;
 	struct bsu_queue_counters counters;
 };
 

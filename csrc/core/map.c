@@ -50,21 +50,29 @@ uint64_t bsu_map_absent(const struct bsu_map *map, uint64_t unit)
 	return 0;
 }
 
-static int reserve_leaf(struct bsu_map *map, uint64_t unit)
+/* The entry of the leaf of @unit; NULL when map memory is used up. */
+static _Atomic uint32_t *reserve_table(struct bsu_map *map, uint64_t unit)
 {
-	_Atomic uint32_t *entry = &map->directory[unit / BSU_TABLE_UNITS];
 	struct bsu_table *table = table_of(map, unit);
-	_Atomic uint32_t *leaf;
 	uint32_t index;
 
 	if (!table) {
 		index = bsu_arena_new_table(map->arena);
 		if (!index)
-			return -ENOMEM;
-		atomic_store_explicit(entry, index, memory_order_release);
+			return NULL;
+		atomic_store_explicit(&map->directory[unit / BSU_TABLE_UNITS], index, memory_order_release);
 		table = bsu_arena_table(map->arena, index);
 	}
-	leaf = &table->leaf[unit / BSU_LEAF_UNITS % BSU_TABLE_LEAVES];
+	return &table->leaf[unit / BSU_LEAF_UNITS % BSU_TABLE_LEAVES];
+}
+
+static int reserve_leaf(struct bsu_map *map, uint64_t unit)
+{
+	_Atomic uint32_t *leaf = reserve_table(map, unit);
+	uint32_t index;
+
+	if (!leaf)
+		return -ENOMEM;
 	if (!atomic_load_explicit(leaf, memory_order_relaxed)) {
 		index = bsu_arena_new_leaf(map->arena);
 		if (!index)
@@ -91,4 +99,28 @@ void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot)
 	struct bsu_leaf *leaf = leaf_in(map, table_of(map, unit), unit);
 
 	atomic_store_explicit(&leaf->slot[unit % BSU_LEAF_UNITS], slot, memory_order_release);
+}
+
+int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count)
+{
+	uint64_t end = first + count, stop;
+
+	for (uint64_t unit = first; unit < end; unit = stop) {
+		_Atomic uint32_t *leaf = reserve_table(map, unit);
+
+		stop = min_u64(end, (unit / BSU_LEAF_UNITS + 1) * BSU_LEAF_UNITS);
+		if (!leaf)
+			return -ENOMEM;
+		if (stop - unit == BSU_LEAF_UNITS && !atomic_load_explicit(leaf, memory_order_relaxed)) {
+			atomic_store_explicit(leaf, BSU_LEAF_ZERO, memory_order_release);
+			continue;
+		}
+		if (reserve_leaf(map, unit))
+			return -ENOMEM;
+		if (atomic_load_explicit(leaf, memory_order_relaxed) == BSU_LEAF_ZERO)
+			continue;
+		while (unit < stop)
+			bsu_map_publish(map, unit++, BSU_SLOT_ZERO);
+	}
+	return 0;
 }

@@ -6,10 +6,20 @@
  * In each half, whoever finds too little waits, first come, first served, so
  * that a large request is not starved by small ones. Memory is only ever held
  * across I/O, never across a wait for something else: so waiting always ends.
+ *
+ * An owner, say a storage, holds three quarters at most of what others leave, so
+ * that one which is silent does not stop the rest.
  */
 #include <stdlib.h>
 
 #include "internal.h"
+
+#define OWNERS 64u		/* that are told apart; more are not limited */
+
+struct share {
+	const void *owner;
+	uint32_t pages;			/* 0: free entry */
+};
 
 struct half {
 	char *memory;
@@ -18,6 +28,7 @@ struct half {
 	uint32_t hint;			/* where the search begins */
 	struct bsu_tasks waiters;
 	uint64_t *map;			/* bit set: page is handed out */
+	struct share share[OWNERS];
 };
 
 struct bsu_pool {
@@ -105,13 +116,70 @@ static void *take(struct half *half, size_t bytes)
 	return half->memory + (size_t)at * BSU_POOL_PAGE;
 }
 
-void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, size_t bytes, struct bsu_task *task)
+/* The share of @owner, or a free one; NULL when all are in use by others. */
+static struct share *share_of(struct half *half, const void *owner)
+{
+	struct share *unused = NULL;
+
+	for (unsigned int i = 0; i < OWNERS; i++) {
+		if (half->share[i].pages && half->share[i].owner == owner)
+			return &half->share[i];
+		if (!half->share[i].pages && !unused)
+			unused = &half->share[i];
+	}
+	return unused;
+}
+
+static bool may_take(struct half *half, const void *owner, uint32_t want)
+{
+	const struct share *share = owner ? share_of(half, owner) : NULL;
+	uint32_t others;
+
+	if (!share || !share->pages || MUTANT(BSU_MUTANT_ONE_TAKES_ALL))
+		return true;
+	others = half->used - share->pages;
+	return share->pages + want <= (half->pages - others) / 4 * 3;
+}
+
+static void count_pages(struct half *half, const void *owner, int64_t pages)
+{
+	struct share *share = owner ? share_of(half, owner) : NULL;
+
+	/* What was handed out when there was no share for it is not counted when it comes back. */
+	if (!share || (!share->pages && pages < 0))
+		return;
+	share->owner = owner;
+	share->pages = pages < 0 && share->pages < -pages ? 0 : (uint32_t)(share->pages + pages);
+}
+
+/* Whether somebody waits whom a later request must not overtake. */
+static bool has_turn(struct half *half, const void *owner)
+{
+	for (const struct bsu_task *task = half->waiters.first; task; task = task->next)
+		if (task->owner == owner || may_take(half, task->owner, pages_of(task->want)))
+			return true;
+	return false;
+}
+
+static void *take_for(struct half *half, const void *owner, size_t bytes)
+{
+	void *memory = take(half, bytes);
+
+	if (memory)
+		count_pages(half, owner, pages_of(bytes));
+	return memory;
+}
+
+void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, const void *owner, size_t bytes, struct bsu_task *task)
 {
 	struct half *half = &pool->half[kind];
-	void *memory = half->waiters.first ? NULL : take(half, bytes);
+	void *memory = NULL;
 
+	if (may_take(half, owner, pages_of(bytes)) && !(half->waiters.first && has_turn(half, owner)))
+		memory = take_for(half, owner, bytes);
 	if (!memory) {
 		task->want = bytes;
+		task->owner = owner;
 		task->grant = NULL;
 		bsu_tasks_push(&half->waiters, task);
 	}
@@ -120,13 +188,16 @@ void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, size_t bytes,
 
 static void grant_waiters(struct half *half, struct bsu_queue *self)
 {
-	struct bsu_task *task;
+	struct bsu_task *task, *next;
 
-	while ((task = half->waiters.first)) {
-		task->grant = take(half, task->want);
+	for (task = half->waiters.first; task; task = next) {
+		next = task->next;
+		if (!may_take(half, task->owner, pages_of(task->want)))
+			continue;
+		task->grant = take_for(half, task->owner, task->want);
 		if (!task->grant)
 			break;
-		bsu_tasks_pop(&half->waiters);
+		bsu_tasks_remove(&half->waiters, task);
 		bsu_task_ready(self, task);
 	}
 }
@@ -136,7 +207,7 @@ static struct half *half_of(struct bsu_pool *pool, const void *memory)
 	return &pool->half[(const char *)memory >= pool->half[1].memory];
 }
 
-void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, void *memory, size_t bytes)
+void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, const void *owner, void *memory, size_t bytes)
 {
 	struct half *half = half_of(pool, memory);
 	uint32_t at = (uint32_t)((size_t)((char *)memory - half->memory) / BSU_POOL_PAGE);
@@ -145,6 +216,7 @@ void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, void *memory, s
 	for (uint32_t page = at; page < at + count; page++)
 		half->map[page / 64] &= ~(1ull << (page % 64));
 	half->used -= count;
+	count_pages(half, owner, -(int64_t)count);
 	grant_waiters(half, self);
 }
 

@@ -96,7 +96,7 @@ struct bsu_queue *bsu_queue_new(const struct bsu_queue_config *config, int *err)
 
 bool bsu_queue_idle(const struct bsu_queue *queue)
 {
-	return !queue->busy && !atomic_load(&queue->inbox);
+	return !queue->busy && !atomic_load(&queue->inbox) && !atomic_load_explicit(&queue->visitors, memory_order_acquire);
 }
 
 int bsu_queue_free(struct bsu_queue *queue)
@@ -261,6 +261,14 @@ static void move_all(struct bsu_tasks *to, struct bsu_tasks *from)
 		bsu_tasks_push(to, task);
 }
 
+static void run_throttled(struct bsu_queue *queue)
+{
+	if (queue->throttled_until <= bsu_now(queue))
+		move_all(&queue->ready, &queue->throttled);
+	else if (queue->ops->later)
+		queue->ops->later(queue->ctx, queue->throttled_until);
+}
+
 void bsu_queue_run(struct bsu_queue *queue)
 {
 	enter(queue);
@@ -270,7 +278,18 @@ void bsu_queue_run(struct bsu_queue *queue)
 			move_all(&queue->ready, &queue->parked);
 		move_all(&queue->ready, &queue->map_waiters);
 	}
+	if (queue->throttled.first)
+		run_throttled(queue);
 	leave(queue);
+}
+
+/* Their limits may have passed. */
+static void recall_from_storages(struct bsu_queue *queue)
+{
+	const struct bsu_view *view = atomic_load(&queue->dev->view);
+
+	for (unsigned int c = 0; view && c < view->nr_chains; c++)
+		bsu_room_recall(view->chain[c].storage, queue);
 }
 
 void bsu_queue_tick(struct bsu_queue *queue)
@@ -282,5 +301,8 @@ void bsu_queue_tick(struct bsu_queue *queue)
 		bsu_segments_tick(queue, bsu_now(queue));
 	move_all(&queue->ready, &queue->copy_waiters);
 	move_all(&queue->ready, &queue->map_waiters);
+	move_all(&queue->ready, &queue->throttled);
+	if (!queue->image)
+		recall_from_storages(queue);
 	leave(queue);
 }

@@ -7,15 +7,35 @@
  *   STILL --> BUFFER (waits for pool memory) --> STILL --> IO --> STILL
  *               |                                          |
  *               +---- given up: no request any more -------+--> free
+ *
+ * While the filtered device itself has requests, its images make do with a few.
  */
 #include "internal.h"
+
+#define YIELD_NS (NS_PER_S / 50)	/* a request has been seen that lately */
+#define YIELD_SEGMENTS 4u
+
+/* How many segments may be in use at once. */
+static unsigned int allowance(struct bsu_queue *queue)
+{
+	struct bsu_device *dev = queue->dev;
+	uint64_t now = bsu_now(queue);
+
+	if (atomic_load_explicit(&dev->seen, memory_order_relaxed)) {
+		atomic_store_explicit(&dev->seen, false, memory_order_relaxed);
+		atomic_store_explicit(&dev->seen_at, now, memory_order_relaxed);
+		return YIELD_SEGMENTS;
+	}
+	return now - atomic_load_explicit(&dev->seen_at, memory_order_relaxed) < YIELD_NS ? YIELD_SEGMENTS : queue->nr_segments;
+}
 
 struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request *rq)
 {
 	struct bsu_segment *segment = queue->free_segment;
 
-	if (!segment)
+	if (!segment || queue->segments_out >= allowance(queue))
 		return NULL;
+	queue->segments_out++;
 	queue->free_segment = segment->next;
 	segment->rq = rq;
 	segment->buf = NULL;
@@ -24,7 +44,7 @@ struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request 
 	return segment;
 }
 
-void bsu_segment_put(struct bsu_segment *segment)
+static void to_free_list(struct bsu_segment *segment)
 {
 	struct bsu_queue *queue = segment->queue;
 	struct bsu_task *task;
@@ -32,15 +52,32 @@ void bsu_segment_put(struct bsu_segment *segment)
 	segment->rq = NULL;
 	segment->next = queue->free_segment;
 	queue->free_segment = segment;
-	task = bsu_tasks_pop(&queue->segment_waiters);
-	if (task)
+	/* More than one where the device has come to rest meanwhile. */
+	for (unsigned int left = allowance(queue); left > queue->segments_out; left--) {
+		task = bsu_tasks_pop(&queue->segment_waiters);
+		if (!task)
+			break;
 		bsu_task_ready(queue, task);
+	}
+}
+
+void bsu_segment_put(struct bsu_segment *segment)
+{
+	segment->queue->segments_out--;
+	to_free_list(segment);
+}
+
+void bsu_segment_wait(struct bsu_queue *queue, struct bsu_request *rq, void (*run)(struct bsu_task *))
+{
+	rq->waiting_since = bsu_now(queue);
+	rq->task.run = run;
+	bsu_tasks_push(&queue->segment_waiters, &rq->task);
 }
 
 void bsu_segment_put_buffer(struct bsu_segment *segment)
 {
 	if (segment->buf)
-		bsu_pool_put(segment->queue->pool, segment->queue, segment->buf, segment->buf_bytes);
+		bsu_pool_put(segment->queue->pool, segment->queue, segment->task.owner, segment->buf, segment->buf_bytes);
 	segment->buf = NULL;
 }
 
@@ -58,7 +95,7 @@ static void free_given_up(struct bsu_segment *segment)
 	if (segment->has_places)
 		bsu_storage_return(queue->image->storage, segment->place, segment->units);
 	bsu_segment_put_buffer(segment);
-	bsu_segment_put(segment);
+	to_free_list(segment);
 	queue->busy--;
 	atomic_fetch_sub_explicit(&queue->image->users, 1, memory_order_release);
 }
@@ -87,7 +124,8 @@ void bsu_segment_get_buffer(struct bsu_segment *segment, enum bsu_pool_kind kind
 	set_limit(segment, BSU_SEGMENT_BUFFER);
 	segment->buf_bytes = bytes;
 	task->run = run;
-	task->grant = bsu_pool_get(segment->queue->pool, kind, bytes, task);
+	task->owner = kind == BSU_POOL_STORAGE ? (const void *)segment->queue->image->storage : segment->queue->dev;
+	task->grant = bsu_pool_get(segment->queue->pool, kind, task->owner, bytes, task);
 	if (task->grant)
 		run(task);
 }
@@ -106,6 +144,7 @@ static void give_up(struct bsu_segment *segment)
 	segment->rq = NULL;
 	segment->io.rq = NULL;
 	segment->io.given_up = true;
+	queue->segments_out--;
 	queue->busy++;
 	atomic_fetch_add_explicit(&queue->image->users, 1, memory_order_relaxed);
 	if (segment->state == BSU_SEGMENT_BUFFER && bsu_pool_forget(queue->pool, &segment->task))
@@ -116,9 +155,28 @@ static void give_up(struct bsu_segment *segment)
 		bsu_image_request_end(queue, rq, -EIO);
 }
 
+/* All segments may be kept by I/O that never ends. */
+static void give_up_waiters(struct bsu_queue *queue, bool broken, uint64_t now)
+{
+	struct bsu_tasks waiters = queue->segment_waiters;
+	struct bsu_task *task;
+
+	queue->segment_waiters = (struct bsu_tasks) { 0 };
+	while ((task = bsu_tasks_pop(&waiters))) {
+		struct bsu_request *rq = container_of(task, struct bsu_request, task);
+
+		if (broken || now - rq->waiting_since >= queue->dev->copy_limit_ns)
+			bsu_image_request_end(queue, rq, -EIO);
+		else
+			bsu_tasks_push(&queue->segment_waiters, task);
+	}
+}
+
 void bsu_segments_tick(struct bsu_queue *queue, uint64_t now)
 {
 	bool broken = bsu_image_status(queue->image, NULL) != BSU_IMAGE_ACTIVE;
+
+	give_up_waiters(queue, broken, now);
 
 	for (unsigned int i = 0; i < queue->nr_segments; i++) {
 		struct bsu_segment *segment = &queue->segments[i];

@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define BSU_STATE_VERSION 2u
+#define BSU_STATE_VERSION 3u
 #define BSU_STORAGE_MAGIC 0x53555342u	/* "BSUS" */
 #define BSU_IMAGE_MAGIC 0x49555342u	/* "BSUI" */
 
@@ -21,17 +21,19 @@
  */
 #define BSU_SLOT_EMPTY 0u
 #define BSU_SLOT_BAD 0xffffffffu	/* the origin could not be read there */
-#define BSU_SLOT_ZERO 0xfffffffeu	/* an image's own: written with zeroes */
+#define BSU_SLOT_ZERO 0xfffffffeu	/* zeroes: written to the image, or exempt from preserving */
 #define BSU_PLACES_MAX 0xfffffff0u
 
 /*
  * The two-level map: directory entry (256 MiB of device at 4 KiB units) ->
  * table page of 1024 leaf indices -> leaf of 64 slots (256 KiB of device).
  * Directory and table entries are arena indices plus one; 0 means absent.
+ * BSU_LEAF_ZERO stands for a leaf whose slots are all BSU_SLOT_ZERO.
  */
 #define BSU_LEAF_UNITS 64u
 #define BSU_TABLE_LEAVES 1024u
 #define BSU_TABLE_UNITS (BSU_LEAF_UNITS * BSU_TABLE_LEAVES)
+#define BSU_LEAF_ZERO 0xffffffffu
 
 struct bsu_leaf {
 	_Atomic uint32_t slot[BSU_LEAF_UNITS];
@@ -67,7 +69,8 @@ struct bsu_storage_state {
 	_Atomic uint64_t capacity;	/* places */
 	_Atomic uint64_t used;		/* places given out at the moment */
 	_Atomic uint32_t full;		/* a copy found no room */
-	uint32_t pad[5];
+	_Atomic uint32_t waiting;	/* requests that wait for room */
+	uint32_t pad[4];
 	_Atomic uint32_t area_used[BSU_AREAS_MAX];
 };
 

@@ -31,6 +31,7 @@ struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int
 	state->magic = BSU_STORAGE_MAGIC;
 	state->version = BSU_STATE_VERSION;
 	state->unit = config->unit;
+	atomic_store(&state->waiting, 0);
 	*err = 0;
 	return storage;
 }
@@ -89,6 +90,8 @@ int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uin
 		atomic_store_explicit(&storage->nr_areas, at + 1, memory_order_release);
 		storage->state->areas = at + 1;
 		atomic_store_explicit(&storage->state->capacity, first + count, memory_order_release);
+		storage->low_told = false;
+		bsu_room_changed(storage);
 	}
 	pthread_mutex_unlock(&storage->lock);
 	return ret;
@@ -211,11 +214,20 @@ uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom,
 	if (area) {
 		count = take_run(storage, area, at, (uint32_t)min_u64(want, unused - kept));
 		*first = area->first + at;
+		if (unused - count < storage->low && !storage->low_told) {
+			storage->low_told = true;
+			atomic_store_explicit(&storage->got_low, true, memory_order_relaxed);
+		}
 	} else if (whom == BSU_FOR_COPY) {
 		atomic_store_explicit(&state->full, 1, memory_order_relaxed);
 	}
 	pthread_mutex_unlock(&storage->lock);
 	return count;
+}
+
+bool bsu_storage_got_low(struct bsu_storage *storage)
+{
+	return atomic_load_explicit(&storage->got_low, memory_order_relaxed) && atomic_exchange(&storage->got_low, false);
 }
 
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count)
@@ -233,6 +245,7 @@ void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t co
 		first += end - begin;
 		count -= end - begin;
 	}
+	bsu_room_changed(storage);
 	pthread_mutex_unlock(&storage->lock);
 }
 

@@ -52,6 +52,8 @@ void bsu_task_ready(struct bsu_queue *self, struct bsu_task *task)
 		bsu_tasks_push(&queue->ready, task);
 		return;
 	}
+	/* It may run the task and be idle at once, but is not freed before we have left. */
+	atomic_fetch_add_explicit(&queue->visitors, 1, memory_order_relaxed);
 	head = atomic_load_explicit(&queue->inbox, memory_order_relaxed);
 	do {
 		task->next = head;
@@ -60,4 +62,5 @@ void bsu_task_ready(struct bsu_queue *self, struct bsu_task *task)
 	/* Somebody who found it filled before us has woken the thread already. */
 	if (!head)
 		queue->ops->wake(queue->ctx);
+	atomic_fetch_sub_explicit(&queue->visitors, 1, memory_order_release);
 }

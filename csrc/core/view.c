@@ -124,6 +124,23 @@ int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image)
 	return prepare(dev, image, false);
 }
 
+/*
+ * With a younger image that is active, no copy for this one can be in flight:
+ * writes came to rest when the younger one was taken.
+ */
+bool bsu_drop_needs_gate(const struct bsu_device *dev)
+{
+	const struct bsu_image *image = dev->changing;
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), image->storage);
+
+	if (MUTANT(BSU_MUTANT_DROP_OPEN))
+		return false;
+	for (unsigned int k = chain->nr_images; k-- > 0 && chain->image[k] != image;)
+		if (bsu_image_status(chain->image[k], NULL) == BSU_IMAGE_ACTIVE)
+			return false;
+	return true;
+}
+
 void bsu_prepare_cancel(struct bsu_device *dev)
 {
 	free(dev->next_view);

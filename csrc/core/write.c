@@ -11,7 +11,8 @@
  *   |         |-- none --------------> origin I/O --> ends
  *   |         |-- nobody's ----------> claims and copies them --+
  *   |         |-- somebody else's ---> waits for that claim ----+
- *   |         |-- no copy, no map memory: waits for it ---------+
+ *   |         |-- no copy, no map memory, no room, not its turn:
+ *   |         |     waits for it -------------------------------+
  *   +-----------------------------------------------------------+
  *
  * A discard does not copy: where a chain lacks a unit it is swallowed.
@@ -24,6 +25,8 @@ struct plan {
 	struct bsu_claim *conflict;
 	bool no_copy;
 	bool no_map;
+	const struct bsu_chain *no_room;
+	uint64_t turn;		/* ns: nothing is copied before */
 };
 
 static uint64_t leaf_mask(uint64_t leaf, uint64_t first, uint64_t last)
@@ -80,6 +83,8 @@ static bool view_lacks(const struct bsu_view *view, uint64_t first, uint64_t las
 static bool plan_run(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_chain *chain, unsigned int k,
 		     uint64_t unit, uint32_t count, struct plan *plan)
 {
+	uint64_t now = bsu_now(queue);
+
 	while (count) {
 		struct bsu_copy *copy = queue->free_copy;
 		uint32_t place, got;
@@ -92,11 +97,26 @@ static bool plan_run(struct bsu_queue *queue, struct bsu_request *rq, const stru
 			plan->no_map = true;
 			return true;
 		}
+		/* Nobody waits a second time for a storage that does not answer. */
+		if (atomic_load_explicit(&chain->storage->silent, memory_order_relaxed)) {
+			bsu_chain_break(queue, chain, unit, BSU_IMAGE_CORRUPTED, ETIMEDOUT);
+			return false;
+		}
+		plan->turn = bsu_turn(chain->storage, now);
+		if (plan->turn)
+			return true;
 		got = bsu_storage_give(chain->storage, BSU_FOR_COPY, count, &place);
+		if (bsu_storage_got_low(chain->storage))
+			queue->ops->notify(queue->ctx);
+		if (!got && bsu_room_limit(chain->storage)) {
+			plan->no_room = chain;
+			return true;
+		}
 		if (!got) {
 			bsu_chain_break(queue, chain, unit, BSU_IMAGE_OVERFLOWN, ENOSPC);
 			return false;
 		}
+		bsu_turn_taken(chain->storage, now, (uint64_t)got << queue->dev->unit_shift);
 		queue->free_copy = copy->next;
 		copy->next = NULL;
 		bsu_copy_claim(copy, rq, chain->image[k], unit, got, place);
@@ -145,13 +165,19 @@ static bool plan_chain(struct bsu_queue *queue, struct bsu_request *rq, const st
 	return true;
 }
 
+static void break_chain(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t first, uint64_t last,
+			enum bsu_image_status status, int error)
+{
+	for (uint64_t unit = first; unit <= last; unit++)
+		if (chain_lacks(chain, unit, unit))
+			bsu_chain_break(queue, chain, unit, status, error);
+}
+
 /* Waiting has taken too long: what lacks the units is given up. */
 static void break_lacking(struct bsu_queue *queue, const struct bsu_view *view, uint64_t first, uint64_t last, int error)
 {
 	for (unsigned int c = 0; c < view->nr_chains; c++)
-		for (uint64_t unit = first; unit <= last; unit++)
-			if (chain_lacks(&view->chain[c], unit, unit))
-				bsu_chain_break(queue, &view->chain[c], unit, BSU_IMAGE_CORRUPTED, error);
+		break_chain(queue, &view->chain[c], first, last, BSU_IMAGE_CORRUPTED, error);
 }
 
 static void start_copies(struct bsu_request *rq, struct plan *plan)
@@ -201,6 +227,28 @@ static void wait_for_copy(struct bsu_queue *queue, struct bsu_request *rq, const
 	bsu_tasks_push(&queue->copy_waiters, &rq->task);
 }
 
+static void wait_for_room(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_chain *chain, uint64_t first, uint64_t last)
+{
+	if (waited(queue, rq, bsu_room_limit(chain->storage)) && !MUTANT(BSU_MUTANT_WAIT_FOR_ROOM))
+		break_chain(queue, chain, first, last, BSU_IMAGE_OVERFLOWN, ENOSPC);
+	else if (bsu_room_wait(chain->storage, &rq->task)) {
+		queue->ops->notify(queue->ctx);
+		return;
+	}
+	bsu_task_ready(queue, &rq->task);
+}
+
+static void wait_for_turn(struct bsu_queue *queue, struct bsu_request *rq, uint64_t turn)
+{
+	if (!queue->throttled.first || turn < queue->throttled_until) {
+		queue->throttled_until = turn;
+		if (queue->ops->later)
+			queue->ops->later(queue->ctx, turn);
+	}
+	rq->waiting_since = 0;
+	bsu_tasks_push(&queue->throttled, &rq->task);
+}
+
 void bsu_write_again(struct bsu_task *task)
 {
 	struct bsu_request *rq = container_of(task, struct bsu_request, task);
@@ -228,7 +276,7 @@ void bsu_write_again(struct bsu_task *task)
 	}
 	task->run = bsu_write_again;
 	pthread_mutex_lock(&dev->lock);
-	for (unsigned int c = 0; c < view->nr_chains && !plan.no_copy && !plan.no_map;)
+	for (unsigned int c = 0; c < view->nr_chains && !plan.no_copy && !plan.no_map && !plan.no_room && !plan.turn;)
 		if (plan_chain(queue, rq, &view->chain[c], first, last, &plan))
 			c++;
 	if (!plan.copies && plan.conflict) {
@@ -246,6 +294,10 @@ void bsu_write_again(struct bsu_task *task)
 		wait_for_copy(queue, rq, view, first, last);
 	else if (plan.no_map)
 		wait_for_map(queue, rq, view, first, last);
+	else if (plan.no_room)
+		wait_for_room(queue, rq, plan.no_room, first, last);
+	else if (plan.turn)
+		wait_for_turn(queue, rq, plan.turn);
 	else
 		bsu_task_ready(queue, task);	/* published or broken meanwhile */
 }

@@ -59,6 +59,8 @@ int bsu_thread_add_barrier(struct bsu_thread *thread, int fd);
 int bsu_thread_del_barrier(struct bsu_thread *thread, int slot);
 /* Readable (eventfd) whenever a queue died or ops->notify() was called. */
 int bsu_notify_fd(void);
+/* Another eventfd that is told the same, of somebody else; -1: none. */
+void bsu_set_doorbell(int fd);
 
 /* ---- ublk transport: one queue of one ublk device on a thread ---- */
 
@@ -139,6 +141,12 @@ int bsu_py_take(struct bsu_py *py, struct bsu_py_request *out, unsigned int max)
 int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *results, unsigned int count);
 
 /* ---- one instant for several devices ---- */
+
+/*
+ * Waits until no write of any of @devices waits for room in a storage: it would
+ * keep a gate from being drained. -EBUSY after @limit_ms, *late: of which device.
+ */
+int bsu_wait_for_room(struct bsu_device **devices, unsigned int count, unsigned int limit_ms, unsigned int *late);
 
 /*
  * Closes the gates of all @devices in that order, waits until the writes in

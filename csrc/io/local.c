@@ -173,6 +173,7 @@ static const struct bsu_queue_ops local_ops = {
 	.wake = bsu_transport_wake_op,
 	.notify = bsu_transport_notify,
 	.now = bsu_transport_now,
+	.later = bsu_transport_later,
 };
 
 /* ---- start and finish ---- */

@@ -2,6 +2,7 @@
 /* What concerns the process as a whole: memory, reclaim, news for the control thread. */
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -18,6 +19,7 @@
 
 static pthread_once_t notify_once = PTHREAD_ONCE_INIT;
 static int notify_fd;
+static _Atomic int doorbell = -1;
 
 int bsu_lock_memory(void)
 {
@@ -49,10 +51,18 @@ int bsu_notify_fd(void)
 	return notify_fd;
 }
 
+void bsu_set_doorbell(int fd)
+{
+	atomic_store(&doorbell, fd);
+}
+
 void bsu_notify(void)
 {
 	const uint64_t one = 1;
+	int bell = atomic_load(&doorbell);
 
+	if (bell >= 0 && write(bell, &one, sizeof(one)) < 0)
+		bell = -1;
 	/* Fails only when the counter is full, and then it is readable. */
 	if (bsu_notify_fd() >= 0 && write(notify_fd, &one, sizeof(one)) < 0)
 		return;

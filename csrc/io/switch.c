@@ -85,6 +85,22 @@ late:
 	return -ETIMEDOUT;
 }
 
+int bsu_wait_for_room(struct bsu_device **devices, unsigned int count, unsigned int limit_ms, unsigned int *late)
+{
+	uint64_t deadline = now_ns() + limit_ms * NS_PER_MS;
+
+	for (*late = 0; *late < count; ) {
+		if (!bsu_device_waits_for_room(devices[*late])) {
+			++*late;
+			continue;
+		}
+		if (now_ns() >= deadline)
+			return -EBUSY;
+		nap();
+	}
+	return 0;
+}
+
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
 		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late)
 {

@@ -185,7 +185,8 @@ static void submit_and_wait(struct bsu_thread *thread, bool wait)
 {
 	struct io_uring *ring = &thread->origin.uring;
 	uint64_t now = bsu_transport_now(NULL);
-	uint64_t left = thread->next_tick > now ? thread->next_tick - now : 0;
+	uint64_t until = thread->next_run && thread->next_run < thread->next_tick ? thread->next_run : thread->next_tick;
+	uint64_t left = until > now ? until - now : 0;
 	struct __kernel_timespec ts = {
 		.tv_sec = (long long)(left / NS_PER_S),
 		.tv_nsec = (long long)(left % NS_PER_S),
@@ -255,10 +256,21 @@ static void serve_storage(struct bsu_thread *thread)
 	reap(thread, ring);
 }
 
+static void run_at_time(struct bsu_thread *thread, uint64_t now)
+{
+	if (!thread->next_run || now < thread->next_run)
+		return;
+	thread->next_run = 0;
+	for (unsigned int i = 0; i < thread->top; i++)
+		if (thread->transport[i] && thread->transport[i]->queue)
+			bsu_queue_run(thread->transport[i]->queue);
+}
+
 static void tick(struct bsu_thread *thread)
 {
 	uint64_t now = bsu_transport_now(NULL);
 
+	run_at_time(thread, now);
 	if (now < thread->next_tick)
 		return;
 	thread->next_tick = now + NS_PER_S;

@@ -127,6 +127,7 @@ struct bsu_thread {
 	struct bsu_transport *transport[BSU_THREAD_TRANSPORTS];
 	unsigned int top;		/* highest index in use plus one */
 	uint64_t next_tick;
+	uint64_t next_run;		/* when queues are to be run; 0: not by time */
 	bool quit;
 	unsigned int name;
 
@@ -186,6 +187,7 @@ void bsu_transport_submit(void *ctx, struct bsu_io *io);
 void bsu_transport_wake_op(void *ctx);
 void bsu_transport_notify(void *ctx);
 uint64_t bsu_transport_now(void *ctx);
+void bsu_transport_later(void *ctx, uint64_t when);
 
 /* ---- executor.c: a struct bsu_io on the rings ---- */
 

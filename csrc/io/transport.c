@@ -100,6 +100,15 @@ void bsu_transport_notify(void *ctx)
 	bsu_notify();
 }
 
+void bsu_transport_later(void *ctx, uint64_t when)
+{
+	struct bsu_transport *transport = ctx;
+	struct bsu_thread *thread = transport->thread;
+
+	if (!thread->next_run || when < thread->next_run)
+		thread->next_run = when;
+}
+
 uint64_t bsu_transport_now(void *ctx)
 {
 	struct timespec ts;

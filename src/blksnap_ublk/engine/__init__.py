@@ -12,11 +12,11 @@ from blksnap_ublk.engine.device import Device
 from blksnap_ublk.engine.file import File, FileInfo
 from blksnap_ublk.engine.image import Image, ImageStatus
 from blksnap_ublk.engine.local_queue import LocalQueue
-from blksnap_ublk.engine.process import get_io_flusher, lock_memory, notify_fd, set_io_flusher
+from blksnap_ublk.engine.process import get_io_flusher, lock_memory, notify_fd, set_doorbell, set_io_flusher
 from blksnap_ublk.engine.py_queue import PyQueue, PyRequest
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.storage import ARENA_PORTION, STORAGE_STATE_BYTES, Arena, Storage
-from blksnap_ublk.engine.switch import Closing, Late, replay_swallowed, settle, switch_all
+from blksnap_ublk.engine.switch import Closing, Late, NoRoom, replay_swallowed, settle, switch_all, wait_for_room
 from blksnap_ublk.engine.thread import Thread
 from blksnap_ublk.engine.ublk_queue import UblkQueue, UblkStatus
 
@@ -35,6 +35,7 @@ __all__ = [
     "ImageStatus",
     "Late",
     "LocalQueue",
+    "NoRoom",
     "Op",
     "PyQueue",
     "PyRequest",
@@ -46,7 +47,9 @@ __all__ = [
     "lock_memory",
     "notify_fd",
     "replay_swallowed",
+    "set_doorbell",
     "set_io_flusher",
     "settle",
     "switch_all",
+    "wait_for_room",
 ]

@@ -68,6 +68,16 @@ class Device(Handle):
         """First step of taking an image out."""
         check(lib.bsu_prepare_drop(self.pointer, image.pointer), "preparing to drop an image")
 
+    @property
+    def drop_needs_gate(self) -> bool:
+        """Of the drop that was prepared: whether it takes `switch_all`, or `drop_now` does."""
+        return bool(lib.bsu_drop_needs_gate(self.pointer))
+
+    def drop_now(self) -> None:
+        """Switches a prepared drop without closing the gate; `settle` follows."""
+        lib.bsu_switch(self.pointer, ffi.NULL)
+        self.switched(None)
+
     def cancel(self) -> None:
         """Undoes a prepare that was not switched."""
         lib.bsu_prepare_cancel(self.pointer)
@@ -76,6 +86,15 @@ class Device(Handle):
     def mark(self, start: int, length: int) -> None:
         """Forces blocks into the next increment. OSError(EAGAIN) while the gate is closed."""
         check(lib.bsu_device_mark(self.pointer, start, length), "marking blocks as changed")
+
+    def forget_swallowed(self, start: int, length: int) -> None:
+        """Trims in a range are not sent any more: it belongs to somebody else now."""
+        lib.bsu_device_forget_swallowed(self.pointer, start, length)
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether a write that passed the gate waits for room in a storage."""
+        return bool(lib.bsu_device_waits_for_room(self.pointer))
 
     def close_gate(self) -> None:
         """Parks the writes that arrive from now on. For tests; `switch_all` does it by itself."""

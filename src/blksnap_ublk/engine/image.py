@@ -64,6 +64,13 @@ class Image(Handle):
         """Marks it as broken, `error` being an errno; the first reason stays."""
         lib.bsu_image_break(self.pointer, status, error)
 
+    def exempt(self, start: int, length: int) -> None:
+        """Before it is taken: these bytes, whole units, read as zeroes and are never preserved for it.
+
+        OSError EINVAL for anything else, ENOMEM when map memory is used up: add some, call it again.
+        """
+        check(lib.bsu_image_exempt(self.pointer, start, length), "exempting a range of an image")
+
     def marks_in(self, before: Pinned | None, after: Pinned | None) -> None:
         """Of a take: the bitmaps that writes to the image are marked in, kept until it is closed."""
         self._bitmaps = [each.hold() for each in (before, after) if each is not None]

@@ -23,3 +23,8 @@ def get_io_flusher() -> bool:
 def notify_fd() -> int:
     """An eventfd of this process: readable when an image was broken or a ublk queue changed its status."""
     return check(lib.bsu_notify_fd(), "eventfd")
+
+
+def set_doorbell(fd: int) -> None:
+    """Another eventfd that is told the same, which stays open; -1 for none."""
+    lib.bsu_set_doorbell(fd)

@@ -93,6 +93,17 @@ class Storage(Handle):
         self._memory.append(pinned)
         self._files.append(file.hold())
 
+    def set_room(self, *, wait_ms: int, low: int) -> None:
+        """What happens when it is full: writers wait for room so long, then what lacks their units overflows.
+
+        With 0 at once, also for those that wait now. `low`: bytes; the process is notified, once, when less is free.
+        """
+        lib.bsu_storage_set_room(self.pointer, wait_ms * 1_000_000, low)
+
+    def set_rate(self, rate: int) -> None:
+        """Copies may fill it with so many bytes a second, 0 for no limit; writers wait their turn."""
+        lib.bsu_storage_set_rate(self.pointer, rate)
+
     @property
     def capacity(self) -> int:
         """Bytes of all areas."""

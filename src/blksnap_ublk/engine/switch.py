@@ -29,6 +29,26 @@ class Closing(NamedTuple):
     writes_ns: int
 
 
+class NoRoom(OSError):
+    """Writes of a device wait for room in a storage. `index`: which of the devices."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(errno.EBUSY, "writes wait for room in the difference storage")
+        self.index = index
+
+
+def wait_for_room(devices: Sequence[Device], *, limit_ms: int = 2000) -> None:
+    """Before a switch: waits until no write waits for room in a storage, which would keep gates from being drained.
+
+    Raises NoRoom.
+    """
+    late = ffi.new("unsigned int *")
+    result = lib.bsu_wait_for_room([device.pointer for device in devices], len(devices), limit_ms, late)
+    if result == -errno.EBUSY:
+        raise NoRoom(late[0])
+    check(result, "waiting for room")
+
+
 def switch_all(
     devices: Sequence[Device], bitmaps: Sequence[Any], *, limit_ms: int = 2000, commit: Any = None
 ) -> Closing:

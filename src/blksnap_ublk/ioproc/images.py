@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from blksnap_ublk.engine import Image, ImageStatus, UblkQueue, UblkStatus
 from blksnap_ublk.ioproc.devices import FINISH_LIMIT, OPEN_LIMIT, Devices, FilteredDevice, backend_info, expect
 from blksnap_ublk.ioproc.image_threads import ImageThread, ImageThreads
-from blksnap_ublk.ioproc.messages import EndImage, FinishImage, ImageReport, OpenImage, ServeDevice, ServeImage
+from blksnap_ublk.ioproc.messages import (
+    BreakStorage,
+    EndImage,
+    Exempt,
+    FinishImage,
+    ImageReport,
+    OpenImage,
+    ServeDevice,
+    ServeImage,
+)
 from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.ioproc.storages import DifferenceStorage, MapMemory, Storages
 from blksnap_ublk.rpc.descriptors import Descriptors
@@ -86,6 +95,17 @@ class Images:
         self._images[message.image] = HeldImage(message.image, device, storage, image, state)
         device.images.add(message.image)
         storage.images.add(message.image)
+
+    def exempt(self, message: Exempt) -> None:
+        """Raises OSError; EINVAL for what is no range of whole units, or an image that is taken; ENOMEM."""
+        image = self.find(message.image)
+        for start, length in message.ranges:
+            image.image.exempt(start, length)
+
+    def break_storage(self, message: BreakStorage) -> None:
+        """Raises OSError(ENOENT)."""
+        for name in self._storages.find(message.storage).images:
+            self._images[name].image.break_(ImageStatus.CORRUPTED, message.error)
 
     def serve(self, message: ServeImage) -> None:
         """Returns when the queue is armed. Raises OSError; EINVAL before the image is taken or its device served."""

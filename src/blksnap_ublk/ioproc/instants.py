@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import ExitStack
 
-from blksnap_ublk.engine import Closing, Late, replay_swallowed, switch_all
+from blksnap_ublk.engine import Closing, ImageStatus, Late, NoRoom, replay_swallowed, switch_all, wait_for_room
 from blksnap_ublk.ioproc.devices import SETTLE_LIMIT, Devices, FilteredDevice, bitmap_bytes, expect
 from blksnap_ublk.ioproc.images import HeldImage, Images
 from blksnap_ublk.ioproc.messages import Drop, Take
@@ -26,10 +26,10 @@ REPLAY_PAUSE = 0.5
 
 
 class LateMember(OSError):
-    """A device whose writes did not end in time; nothing was switched."""
+    """A device whose writes did not end in time, or, with EBUSY, wait for room; nothing was switched."""
 
-    def __init__(self, device: str, limit_ms: int) -> None:
-        super().__init__(errno.ETIMEDOUT, f"writes of device {device!r} did not end within {limit_ms} ms")
+    def __init__(self, device: str, number: int, why: str) -> None:
+        super().__init__(number, f"writes of device {device!r} {why}")
         self.member = device
 
 
@@ -78,20 +78,15 @@ class Instants:
     def drop(self, message: Drop) -> None:
         """Raises OSError; EBUSY while the image is served.
 
-        ETIMEDOUT: writes of the device, or reads of the image, did not end in time. Call it again: it goes on.
+        ETIMEDOUT: writes of the device, or reads of the image, did not end in time, or, EBUSY, wait for room. Call it
+        again: it goes on.
         """
         image = self._images.find(message.image)
         if image.char >= 0:
             raise OSError(errno.EBUSY, f"image {image.name!r} is served; it must be finished first")
         device = image.device
         if image.taken and not image.dropped:
-            device.settle(SETTLE_LIMIT)
-            device.device.prepare_drop(image.image)
-            try:
-                self._switch([device], [None], DROP_LIMIT_MS, None)
-            except BaseException:
-                device.device.cancel()
-                raise
+            self._leave_device(image)
             image.dropped = True
             device.taken.discard(image.name)
             self._settle_later(device)
@@ -101,6 +96,26 @@ class Instants:
         if image.dropped and not device.taken and not device.replaying:
             device.replaying = True
             self._loop.later(0, lambda: self._replay(device))
+
+    def _leave_device(self, image: HeldImage) -> None:
+        device = image.device
+        device.settle(SETTLE_LIMIT)
+        device.device.prepare_drop(image.image)
+        try:
+            if device.device.drop_needs_gate:
+                self._let_writers_go(image)
+                self._switch([device], [None], DROP_LIMIT_MS, None)
+            else:
+                device.device.drop_now()
+        except BaseException:
+            device.device.cancel()
+            raise
+
+    def _let_writers_go(self, image: HeldImage) -> None:
+        """Nothing is to be preserved any more for the last image of a chain, and nobody waits for room for it."""
+        others = [self._images.find(name) for name in image.device.taken if name != image.name]
+        if all(other.storage is not image.storage for other in others):
+            image.image.break_(ImageStatus.CORRUPTED, errno.ECANCELED)
 
     @staticmethod
     def _check_members(message: Take, images: list[HeldImage]) -> None:
@@ -115,10 +130,16 @@ class Instants:
 
     @staticmethod
     def _switch(devices: list[FilteredDevice], bitmaps: list[object], limit_ms: int, commit: object) -> Closing:
+        members = [device.device for device in devices]
         try:
-            return switch_all([device.device for device in devices], bitmaps, limit_ms=limit_ms, commit=commit)
+            wait_for_room(members, limit_ms=limit_ms)
+            return switch_all(members, bitmaps, limit_ms=limit_ms, commit=commit)
+        except NoRoom as error:
+            why = "wait for room in the difference storage"
+            raise LateMember(devices[error.index].name, errno.EBUSY, why) from None
         except Late as error:
-            raise LateMember(devices[error.index].name, limit_ms) from None
+            why = f"did not end within {limit_ms} ms"
+            raise LateMember(devices[error.index].name, errno.ETIMEDOUT, why) from None
 
     # ---- afterwards ----
 

@@ -14,7 +14,11 @@ import msgspec
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
-    """First message of a connection; answered by `Inventory` in `Done.inventory`."""
+    """First message of a connection; answered by `Inventory` in `Done.inventory`.
+
+    Descriptors: none, or the doorbell, an eventfd that is rung when there is something to look at: an image that broke,
+    a storage that is low, a write that waits for room.
+    """
 
     version: int
 
@@ -62,11 +66,37 @@ class OpenStorage(msgspec.Struct, tag="open-storage", frozen=True):
 
 
 class AddArea(msgspec.Struct, tag="add-area", frozen=True):
-    """Append an area. Descriptors: the file or block device, the records file."""
+    """Append an area, at any time. Descriptors: the file or block device, the records file.
+
+    `beneath`: the device on whose origin it lies, which is the first descriptor then; trims of that range which were
+    swallowed are forgotten. The range is exempt in all images of that device that are taken while the area is used.
+    """
 
     storage: str
     offset: int
     length: int
+    beneath: str | None = None
+
+
+class SetStorage(msgspec.Struct, tag="set-storage", frozen=True):
+    """How a storage behaves when it gets full; all are 0 for a new one.
+
+    A write that finds no room waits `wait_ms` for it, then the snapshots that lack its units overflow; with 0 at once,
+    also where one waits already. `low`: bytes; the doorbell is rung once, after this message or an AddArea, when less
+    is free. `rate`: bytes a second that copies may fill it with, 0 for no limit.
+    """
+
+    storage: str
+    wait_ms: int
+    low: int
+    rate: int
+
+
+class BreakStorage(msgspec.Struct, tag="break-storage", frozen=True):
+    """What it held is damaged: all its images are corrupted, `error` being the errno."""
+
+    storage: str
+    error: int
 
 
 class CloseStorage(msgspec.Struct, tag="close-storage", frozen=True):
@@ -91,6 +121,16 @@ class OpenImage(msgspec.Struct, tag="open-image", frozen=True):
     device: str
     storage: str
     serial: int
+
+
+class Exempt(msgspec.Struct, tag="exempt", frozen=True):
+    """Before Take: ranges of (start, length), whole units, that the image shows as zeroes and never preserves.
+
+    Refused with ENOMEM when map memory is used up: add some, send it again.
+    """
+
+    image: str
+    ranges: list[tuple[int, int]]
 
 
 class ServeImage(msgspec.Struct, tag="serve-image", frozen=True):
@@ -133,8 +173,8 @@ class Take(msgspec.Struct, tag="take", frozen=True):
 
     Descriptors: the next bitmap of each member, then the commit file. Members stacked on one another come top first.
     `Done.gate_us` is how long the first gate was closed, `Done.gate_writes_us` how much of that until the last write in
-    flight had ended. Refused with errno ETIMEDOUT and `Refused.member` when a
-    device was not drained in time; nothing is switched then. The commit file (4096 bytes) gets its first
+    flight had ended. Refused with `Refused.member` and errno ETIMEDOUT when a device was not drained in time, EBUSY
+    when writes of it wait for room in a storage; nothing is switched then. The commit file (4096 bytes) gets its first
     32-bit word set to 1 while the gates are still closed.
     """
 
@@ -146,7 +186,8 @@ class Drop(msgspec.Struct, tag="drop", frozen=True):
     """Take an image out of its device (after FinishImage) and forget it; also undoes OpenImage.
 
     What older images of its storage need of it is handed to them. Trims that were swallowed are sent, after the answer,
-    when it was the last image of its device. Refused with ETIMEDOUT when writes of the device or reads of the image do
+    when it was the last image of its device. Nothing waits for the writes of the device where a younger image of the
+    storage is active. Refused with ETIMEDOUT when writes of the device or reads of the image do
     not end, or there is much to hand over: ask again, it goes on where it was.
     """
 
@@ -175,9 +216,12 @@ Message = (
     | CloseDevice
     | OpenStorage
     | AddArea
+    | SetStorage
+    | BreakStorage
     | CloseStorage
     | AddMapMemory
     | OpenImage
+    | Exempt
     | ServeImage
     | EndImage
     | FinishImage
@@ -263,4 +307,4 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 Answer = Done | Refused
 
-VERSION = 2
+VERSION = 3

@@ -10,6 +10,7 @@ from typing import cast
 from blksnap_ublk import engine
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.devices import Devices
+from blksnap_ublk.ioproc.doorbell import Doorbell
 from blksnap_ublk.ioproc.image_threads import ImageThreads
 from blksnap_ublk.ioproc.images import Images
 from blksnap_ublk.ioproc.instants import Instants, LateMember
@@ -38,6 +39,7 @@ class IoServer:
         threads = ImageThreads(lock_fd=ring_lock, io_flusher=io_flusher)
         self._images = Images(self._devices, self._storages, self._map_memory, threads)
         self._instants = Instants(loop, self._devices, self._images)
+        self._doorbell = Doorbell()
         self._notify = engine.notify_fd()
         loop.watch(self._notify, self._on_notify)
         self._server = Server(loop, listener, cast("type[messages.Message]", messages.Message), self._handle, refuse)
@@ -46,6 +48,7 @@ class IoServer:
         """Stop answering."""
         self._server.close()
         self._loop.unwatch(self._notify)
+        self._doorbell.close()
 
     def _handle(self, message: messages.Message, descriptors: Descriptors) -> Reply:
         log.debug("%s", message)
@@ -57,6 +60,7 @@ class IoServer:
                 if version != messages.VERSION:
                     text = f"version {version} of the messages is not spoken here, version {messages.VERSION} is"
                     raise OSError(errno.EPROTO, text)
+                self._doorbell.become(descriptors)
                 return Done(self._inventory())
             case messages.Status():
                 return Done(self._inventory())
@@ -71,13 +75,22 @@ class IoServer:
             case messages.OpenStorage():
                 self._storages.open(message, descriptors)
             case messages.AddArea():
+                beneath = None if message.beneath is None else self._devices.find(message.beneath)
                 self._storages.add_area(message, descriptors)
+                if beneath is not None:
+                    beneath.device.forget_swallowed(message.offset, message.length)
+            case messages.SetStorage():
+                self._storages.set(message)
+            case messages.BreakStorage():
+                self._images.break_storage(message)
             case messages.CloseStorage():
                 self._storages.close(message)
             case messages.AddMapMemory():
                 self._map_memory.add(message, descriptors)
             case messages.OpenImage():
                 self._images.open(message, descriptors)
+            case messages.Exempt():
+                self._images.exempt(message)
             case messages.ServeImage():
                 self._images.serve(message)
             case messages.EndImage():

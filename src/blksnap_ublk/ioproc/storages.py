@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from blksnap_ublk.engine import ARENA_PORTION, STORAGE_STATE_BYTES, Arena, Storage
 from blksnap_ublk.ioproc.devices import expect
-from blksnap_ublk.ioproc.messages import AddArea, AddMapMemory, CloseStorage, OpenStorage, StorageReport
+from blksnap_ublk.ioproc.messages import AddArea, AddMapMemory, CloseStorage, OpenStorage, SetStorage, StorageReport
 from blksnap_ublk.ioproc.shared_files import SharedFile, SharedFiles
 from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.rpc.descriptors import Descriptors
@@ -73,6 +73,14 @@ class Storages:
             undo.pop_all()
         storage.files.append(shared)
         storage.records.append(records)
+
+    def set(self, message: SetStorage) -> None:
+        """Raises OSError(ENOENT), or EINVAL for what is negative."""
+        if min(message.wait_ms, message.low, message.rate) < 0:
+            raise OSError(errno.EINVAL, f"{message} has a negative number")
+        storage = self.find(message.storage).storage
+        storage.set_rate(message.rate)
+        storage.set_room(wait_ms=message.wait_ms, low=message.low)
 
     def close(self, message: CloseStorage) -> None:
         """Raises OSError; EBUSY while an image uses it."""

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from blksnap_ublk.errors import Failed, errno_symbol
@@ -29,6 +31,7 @@ class IoLink:
         self._lock = threading.Lock()
         self._client: IoClient | None = None
         self._pid = 0
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
     def pid(self) -> int:
@@ -44,7 +47,7 @@ class IoLink:
                 client = IoClient(self._socket)
                 with self._lock:
                     self._client = client
-                inventory = self.call(messages.Hello(messages.VERSION)).inventory
+                inventory = self.call(messages.Hello(messages.VERSION), [self._bell]).inventory
                 break
             except IoRefused as error:
                 raise Failed(f"the io process refuses to talk: {error.strerror}", advice="restart the daemon") from None
@@ -80,6 +83,7 @@ class IoLink:
         """
         limit = time.monotonic() + seconds
         while True:
+            began = time.monotonic()
             try:
                 self.call(message)
                 return
@@ -88,7 +92,8 @@ class IoLink:
                     return
                 if error.errno not in (errno.EBUSY, errno.ETIMEDOUT) or time.monotonic() > limit:
                     raise Failed(error.strerror or str(error), errno=errno_symbol(error.errno)) from None
-            time.sleep(0.05)
+            # Writers may have waited for as long as the attempt took: they get their turn.
+            time.sleep(max(0.05, time.monotonic() - began))
 
     def inventory(self) -> messages.Inventory:
         """What the io process holds now. Raises IoRefused, Failed."""
@@ -106,6 +111,16 @@ class IoLink:
         poll = select.poll()
         poll.register(client.fileno(), select.POLLRDHUP)
         return bool(poll.poll(seconds * 1000))
+
+    def bell(self, seconds: float) -> bool:
+        """Waits until the io process has something to look at, at most `seconds`. For one thread."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return False
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        return True
 
     def close(self) -> None:
         """Ends the connection; the io process goes on."""

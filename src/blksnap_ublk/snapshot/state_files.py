@@ -25,9 +25,9 @@ RECORD_BYTES = 16
 _ZEROES = bytes(1 << 20)
 _STORAGE_MAGIC = 0x53555342
 _IMAGE_MAGIC = 0x49555342
-_VERSION = 2
-# magic, version, unit, areas, high_water, capacity, used, full, pad; then what is used of each area
-_STORAGE = struct.Struct("<IIIIQQQI20x")
+_VERSION = 3
+# magic, version, unit, areas, high_water, capacity, used, full, waiting, pad; then what is used of each area
+_STORAGE = struct.Struct("<IIIIQQQII16x")
 _AREAS_MAX = 4096
 # magic, version, size, unit, serial, status, error, preserved, directory_entries, written
 _IMAGE = struct.Struct("<IIQIIIiQQQ")
@@ -60,11 +60,16 @@ class ImageState:
 
 @dataclass(frozen=True)
 class StorageState:
-    """A storage state file. `used`, `capacity`, and `areas`, what is used of each area, are in places of one unit."""
+    """A storage state file. `used`, `capacity`, and `areas`, what is used of each area, are in places of one unit.
+
+    `high_water`: no place from there on was ever given out. `waiting`: requests that wait for room now.
+    """
 
     used: int
     capacity: int
     areas: tuple[int, ...]
+    high_water: int = 0
+    waiting: int = 0
 
 
 def image_state_bytes(size: int, unit: int) -> int:
@@ -154,10 +159,11 @@ class StateFiles:
         head = self._head(name, _STORAGE.size + 4 * _AREAS_MAX)
         if head is None:
             return None
-        magic, version, _, areas, _, capacity, used, _ = _STORAGE.unpack_from(head)
+        magic, version, _, areas, high_water, capacity, used, _, waiting = _STORAGE.unpack_from(head)
         if magic != _STORAGE_MAGIC or version != _VERSION or areas > _AREAS_MAX:
             return None
-        return StorageState(min(used, capacity), capacity, struct.unpack_from(f"<{areas}I", head, _STORAGE.size))
+        used_of_areas = struct.unpack_from(f"<{areas}I", head, _STORAGE.size)
+        return StorageState(min(used, capacity), capacity, used_of_areas, high_water, waiting)
 
     def _head(self, name: str, length: int) -> bytes | None:
         try:

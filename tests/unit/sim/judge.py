@@ -160,14 +160,17 @@ class Judge(Machine):
         elif held.status is ImageStatus.ACTIVE:
             held.status = status
             if (held.serial, error) not in self.read_errors:
-                assert (error == errno.ENOSPC) is (status is ImageStatus.OVERFLOWN), f"{status.name} for {error}"
+                failed = any(held.serial in doomed and error == reason for doomed, reason in self.store_errors)
+                full = error == errno.ENOSPC and not failed
+                assert full is (status is ImageStatus.OVERFLOWN), f"{status.name} for {error}"
             assert self._may_break(held, error), f"image {held.serial} broke without a reason: {status.name}, {error}"
+            held.store.silent |= error == errno.ETIMEDOUT
 
     def _may_break(self, held: Held, error: int) -> bool:
         waited = self.waited.get(held.disk.number, 0)
         return (
             (error == errno.ENOSPC and held.store.full)
-            or (error == errno.ETIMEDOUT and waited >= COPY_LIMIT_NS)
+            or (error == errno.ETIMEDOUT and (waited >= COPY_LIMIT_NS or held.store.silent))
             or (error == errno.ENOMEM and waited >= MAP_LIMIT_NS and self.starved)
             or (error == errno.EBADMSG and bool(held.store.damaged))
             or (held.serial, error) in self.read_errors

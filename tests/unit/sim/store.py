@@ -38,6 +38,8 @@ class Store:
         self.places = np.zeros(0, dtype=np.uint8)
         self.damaged: set[int] = set()
         """Places whose data a test has changed."""
+        self.silent = False
+        """A snapshot was lost because a write did not end, and none has ended since."""
         self._used = 0
         self.unused_before = 0
         """Places that were left when the step under way began."""
@@ -94,6 +96,7 @@ class Store:
 
     def write_ended(self, io: SimIo) -> None:
         """A write, all of it or its rest, has ended for good."""
+        self.silent = False
         stop = self.places_of(io).stop
         self.places[stop - io.units : stop] = Place.USED
         self._used = -1

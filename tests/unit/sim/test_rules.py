@@ -142,10 +142,10 @@ def test_a_failing_storage_breaks_only_what_lacks_the_unit() -> None:
     stores = [world.store_of(io) for io in world.ios.values()]
     world.complete(stores.index(world.stores[0]), error=errno.ENOSPC)
     complete_all(world)
-    assert statuses(world) == [ACTIVE, (ImageStatus.OVERFLOWN, errno.ENOSPC), ACTIVE]
+    assert statuses(world) == [ACTIVE, (ImageStatus.CORRUPTED, errno.ENOSPC), ACTIVE]
     world.change(0, Op.WRITE, 8, 8)
     complete_all(world)
-    assert statuses(world) == [ACTIVE, (ImageStatus.OVERFLOWN, errno.ENOSPC), ACTIVE]
+    assert statuses(world) == [ACTIVE, (ImageStatus.CORRUPTED, errno.ENOSPC), ACTIVE]
     end(world)
 
 
