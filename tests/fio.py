@@ -9,8 +9,11 @@ import subprocess
 import pytest
 
 
-def fio_verify(path: str, *options: str, size: str = "24m", seed: int = 1) -> None:
-    """Random writes of mixed sizes, then all of them read and checked. Skips where there is no fio."""
+def fio_verify(path: str, *options: str, size: str = "24m", seed: int = 1, limit: float = 300) -> None:
+    """Random writes of mixed sizes, then all of them read and checked. Skips where there is no fio.
+
+    `limit`: seconds that it may take.
+    """
     if shutil.which("fio") is None:
         pytest.skip("no fio")
     command = [
@@ -18,5 +21,5 @@ def fio_verify(path: str, *options: str, size: str = "24m", seed: int = 1) -> No
         *("--bsrange=4k-256k", f"--size={size}", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1"),
         *(f"--randseed={seed}", "--group_reporting", "--verify_state_save=0", *options),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"

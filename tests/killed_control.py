@@ -23,7 +23,7 @@ from blksnap_ublk.host import claim, pagecache
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.keeper.client import KeeperClient
 from blksnap_ublk.keeper.runtime import RuntimePaths
-from blksnap_ublk.snapshot import disks, storages
+from blksnap_ublk.snapshot import disks, releasing, storages
 from blksnap_ublk.snapshot.catalogue import Catalogue
 from blksnap_ublk.snapshot.freeze import Freezer
 from blksnap_ublk.snapshot.io_link import IoLink
@@ -32,7 +32,8 @@ from blksnap_ublk.snapshot.state_files import StateFiles
 STEPS: list[tuple[Any, list[str]]] = [
     (claim, ["open_exclusive"]),
     (pagecache, ["flush_disk"]),
-    (storages, ["open_storage", "write_ahead", "hold", "release"]),
+    (storages, ["open_storage", "write_ahead", "hold"]),
+    (releasing, ["release"]),
     (disks, ["write_back_and_stop"]),
     (disks.Disks, ["add_filtered", "add_image", "start", "stop", "delete"]),
     (Catalogue, ["put_device", "put_snapshot", "put_storage", "remove_device", "remove_snapshot", "remove_storage"]),

@@ -67,6 +67,15 @@ def null_block(size: int, *, block: int = 512, queues: int = 1, delay_ns: int | 
             folder.rmdir()
 
 
+def take_away(path: str) -> None:
+    """Removes a disk of `null_block` while it is in use: what comes then fails."""
+    name = Path(path).name
+    with _configfs() as top:
+        folders = [each for each in (top / "nullb").iterdir() if each.is_dir()]
+        folder = next(each for each in folders if name in (each.name, f"nullb{(each / 'index').read_text().strip()}"))
+        (folder / "power").write_text("0")
+
+
 @contextmanager
 def _configfs() -> Iterator[Path]:
     """Where configfs is mounted; for the moment if it is not."""

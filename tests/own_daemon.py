@@ -51,6 +51,16 @@ class OwnDaemon:
         """The process that is the keeper, io or control now."""
         return int(json.loads((self.runtime / "daemon.lock").read_text())[role])
 
+    def start(self, program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> None:
+        """Returns when it serves. `program`: what Python is to run."""
+        subprocess.run([sys.executable, *program], env=self.environment, check=True)
+
+    def end(self) -> None:
+        """SIGTERM to the keeper, and its end. What is in use is kept for the next start."""
+        keeper = self.pid("keeper")
+        os.kill(keeper, signal.SIGTERM)
+        wait_until("the daemon has ended", lambda: not _is_alive(keeper))
+
     def log(self) -> str:
         """What it has logged."""
         path = self.runtime / "log"
@@ -94,16 +104,14 @@ def own_daemon(program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> I
     before = ublk_nodes()
     with tempfile.TemporaryDirectory(prefix="blksnap-test-") as runtime:
         daemon = OwnDaemon(Path(runtime), os.environ | {"BLKSNAP_UBLK_RUN": runtime})
-        subprocess.run([sys.executable, *program], env=daemon.environment, check=True)
-        keeper = daemon.pid("keeper")
+        daemon.start(program)
         try:
             yield daemon
         finally:
             try:
                 _empty(daemon)
             finally:
-                os.kill(keeper, signal.SIGTERM)
-                wait_until("the daemon has ended", lambda: not _is_alive(keeper))
+                daemon.end()
     assert ublk_nodes() <= before, daemon.log()
 
 

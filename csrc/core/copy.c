@@ -88,11 +88,16 @@ static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
 	copy->state = BSU_COPY_FREE;
 	copy->next = queue->free_copy;
 	queue->free_copy = copy;
+	queue->copies_out--;
 	queue->busy--;
 	atomic_fetch_sub_explicit(&image->users, 1, memory_order_release);
-	task = bsu_tasks_pop(&queue->copy_waiters);
-	if (task && !MUTANT(BSU_MUTANT_LOSE_COPY_WAITER))
-		bsu_task_ready(queue, task);
+	/* The first may have its share already, others not: all look where there are several storages. */
+	while ((task = bsu_tasks_pop(&queue->copy_waiters))) {
+		if (!MUTANT(BSU_MUTANT_LOSE_COPY_WAITER))
+			bsu_task_ready(queue, task);
+		if (atomic_load(&queue->dev->view)->nr_chains < 2)
+			break;
+	}
 }
 
 static void copy_break(struct bsu_queue *queue, struct bsu_copy *copy, int error)
@@ -192,6 +197,7 @@ static void copy_store(struct bsu_queue *queue, struct bsu_copy *copy)
 	const struct bsu_area *area = bsu_storage_area(storage, copy->place);
 
 	copy->state = BSU_COPY_STORE;
+	copy->stored = bsu_now(queue);
 	copy->io = (struct bsu_io) {
 		.file = area->file,
 		.offset = bsu_storage_offset(storage, area, copy->place),
@@ -256,8 +262,7 @@ static void copy_store_done(struct bsu_io *io, int res)
 	struct bsu_copy *copy = container_of(io, struct bsu_copy, io);
 	struct bsu_queue *queue = io->queue;
 
-	if (atomic_load_explicit(&copy->image->storage->silent, memory_order_relaxed))
-		atomic_store_explicit(&copy->image->storage->silent, false, memory_order_relaxed);
+	bsu_storage_answers(copy->image->storage);
 	if (MUTANT(BSU_MUTANT_LATE_COPY) && copy->given_up && !res && publish_in_newest(queue, copy)) {
 		copy_end(queue, copy);
 		return;
@@ -281,7 +286,8 @@ static void copy_store_done(struct bsu_io *io, int res)
 static void give_up(struct bsu_queue *queue, struct bsu_copy *copy)
 {
 	copy->given_up = true;
-	if (copy->state == BSU_COPY_STORE)
+	/* Not where the time went by before it was asked. */
+	if (copy->state == BSU_COPY_STORE && bsu_now(queue) - copy->stored >= queue->dev->copy_limit_ns / 3)
 		atomic_store_explicit(&copy->image->storage->silent, true, memory_order_relaxed);
 	if (MUTANT(BSU_MUTANT_RETURN_EARLY))
 		bsu_storage_return(copy->image->storage, copy->place, copy->count);

@@ -95,6 +95,7 @@ struct bsu_request {
 
 	/* the core's own */
 	uint8_t state;
+	uint8_t waits_for;
 	bool in_gate;		/* counted as a write in flight */
 	int result;
 	unsigned int pending;	/* copies or segments under way */
@@ -217,10 +218,11 @@ int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
 void bsu_prepare_cancel(struct bsu_device *dev);
 /*
- * Whether the drop that was prepared needs the gate closed and drained: not
- * when copies go to a younger image anyway.
+ * Of a drop that was prepared: from now on nothing is copied for the image, also
+ * if the drop is cancelled. True when the switch needs the gate closed and
+ * drained: where a younger image is active, no copy for this one is under way.
  */
-bool bsu_drop_needs_gate(const struct bsu_device *dev);
+bool bsu_drop_begin(struct bsu_device *dev);
 void bsu_switch(struct bsu_device *dev, void *bitmap);
 /*
  * A portion of what follows a switch, in bounded time: what older images need

@@ -149,6 +149,8 @@ void bsu_gate_close(struct bsu_device *dev)
 {
 	atomic_store(&dev->rested, 0);
 	atomic_store(&dev->gate_closed, true);
+	if (atomic_exchange(&dev->any_throttled, false))
+		bsu_notify_queues(dev);
 }
 
 uint64_t bsu_gate_rested(const struct bsu_device *dev)

@@ -42,6 +42,13 @@ static uint64_t count_slots(const struct bsu_leaf *leaf)
 	return count;
 }
 
+static bool lacks(const struct bsu_leaf *leaf, unsigned int at)
+{
+	uint32_t slot = slot_at(leaf, at);
+
+	return slot == BSU_SLOT_EMPTY || (MUTANT(BSU_MUTANT_EXEMPT_LOST) && slot == BSU_SLOT_ZERO);
+}
+
 static uint64_t give_slots(const struct bsu_leaf *leaf, struct bsu_leaf *older)
 {
 	uint64_t count = 0;
@@ -49,7 +56,7 @@ static uint64_t give_slots(const struct bsu_leaf *leaf, struct bsu_leaf *older)
 	for (unsigned int at = 0; at < BSU_LEAF_UNITS; at++) {
 		uint32_t slot = slot_at(leaf, at);
 
-		if (slot == BSU_SLOT_EMPTY || slot_at(older, at) != BSU_SLOT_EMPTY)
+		if (slot == BSU_SLOT_EMPTY || !lacks(older, at))
 			continue;
 		atomic_store_explicit(&older->slot[at], slot, memory_order_release);
 		count += is_preserved(slot);
@@ -126,7 +133,7 @@ void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t en
 
 		if (!leaf)
 			continue;
-		if (leaf == own || is_zero_leaf(table, at))
+		if (leaf == own || (is_zero_leaf(table, at) && !MUTANT(BSU_MUTANT_ZERO_LEAF_PRUNED)))
 			atomic_store_explicit(&table->leaf[at], 0, memory_order_relaxed);
 		else if (own)
 			prune_slots(leaf, own);

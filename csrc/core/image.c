@@ -62,7 +62,8 @@ int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length)
 	if (start >= dev->size || !length || length > dev->size - start || (start | length) & (dev->unit - 1) ||
 	    atomic_load(&image->taken))
 		return -EINVAL;
-	return bsu_map_fill_zero(&image->map, start >> dev->unit_shift, length >> dev->unit_shift);
+	return bsu_map_fill_zero(&image->map, start >> dev->unit_shift,
+				 (length >> dev->unit_shift) - MUTANT(BSU_MUTANT_EXEMPT_LESS));
 }
 
 bool bsu_image_idle(const struct bsu_image *image)
@@ -136,7 +137,8 @@ void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int 
 
 enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error)
 {
-	enum bsu_image_status status = atomic_load_explicit(&image->state->status, memory_order_acquire);
+	/* In one order with all changes of it: see bsu_drop_begin(). */
+	enum bsu_image_status status = atomic_load(&image->state->status);
 
 	if (error)
 		*error = status == BSU_IMAGE_ACTIVE ? 0 : atomic_load(&image->state->error);

@@ -61,6 +61,7 @@ static void store_done(struct bsu_io *io, int res)
 	const struct bsu_area *area = bsu_storage_area(storage, segment->place);
 	uint64_t unit = segment->start >> queue->dev->unit_shift;
 
+	bsu_storage_answers(queue->image->storage);
 	if (!bsu_segment_io_ended(segment))
 		return;
 	if (!res && bsu_image_status(queue->image, NULL) != BSU_IMAGE_ACTIVE)
@@ -230,17 +231,10 @@ static void go_on(struct bsu_task *task)
 static bool reserve(struct bsu_segment *segment, uint64_t unit, uint64_t count)
 {
 	struct bsu_queue *queue = segment->queue;
-	struct bsu_request *rq = segment->rq;
-	uint64_t now;
 
-	if (!bsu_map_reserve(written(queue), unit, count)) {
-		rq->waiting_since = 0;
+	if (!bsu_map_reserve(written(queue), unit, count))
 		return true;
-	}
-	now = bsu_now(queue);
-	if (!rq->waiting_since)
-		rq->waiting_since = now;
-	if (now - rq->waiting_since >= BSU_MAP_WAIT_NS) {
+	if (bsu_waited(queue, segment->rq, BSU_WAIT_MAP, BSU_MAP_WAIT_NS)) {
 		write_end(segment, -ENOSPC);
 		return false;
 	}
@@ -271,8 +265,26 @@ static void write_zeroes(struct bsu_segment *segment, uint64_t units)
 	for (uint64_t i = 0; i < units; i++)
 		publish(segment, unit + i, BSU_SLOT_ZERO);
 	segment->start += bsu_units_bytes(queue->dev, unit, units);
+	segment->rq->waiting_since = 0;
 	segment->task.run = go_on;
 	bsu_task_ready(queue, &segment->task);
+}
+
+/* As copies do, but what does not come is ENOSPC. */
+static void wait_for_room(struct bsu_segment *segment)
+{
+	struct bsu_queue *queue = segment->queue;
+	struct bsu_storage *storage = queue->image->storage;
+
+	if (bsu_waited(queue, segment->rq, BSU_WAIT_ROOM, bsu_room_limit(storage))) {
+		write_end(segment, -ENOSPC);
+		return;
+	}
+	segment->task.run = go_on;
+	if (bsu_room_wait(storage, BSU_FOR_IMAGE_WRITE, &segment->task))
+		queue->ops->notify(queue->ctx);
+	else
+		bsu_task_ready(queue, &segment->task);
 }
 
 static void next_portion(struct bsu_segment *segment)
@@ -303,10 +315,13 @@ static void next_portion(struct bsu_segment *segment)
 	segment->units = bsu_storage_give(queue->image->storage,
 					  MUTANT(BSU_MUTANT_NO_RESERVE) ? BSU_FOR_COPY : BSU_FOR_IMAGE_WRITE,
 					  (uint32_t)units, &segment->place);
+	if (bsu_storage_got_low(queue->image->storage))
+		queue->ops->notify(queue->ctx);
 	if (!segment->units) {
-		write_end(segment, -ENOSPC);
+		wait_for_room(segment);
 		return;
 	}
+	segment->rq->waiting_since = 0;
 	segment->has_places = true;
 	segment->length = min_u64((unit + segment->units) << dev->unit_shift, segment->end) - segment->start;
 	bsu_segment_get_buffer(segment, BSU_POOL_STORAGE, (size_t)segment->units << dev->unit_shift, granted);

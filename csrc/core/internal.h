@@ -160,8 +160,16 @@ enum bsu_places_for {
 	BSU_FOR_IMAGE_WRITE,
 };
 
+/* storage.lock held: places that may be given. */
+uint64_t bsu_storage_room(const struct bsu_storage *storage, enum bsu_places_for whom);
 /* Up to @want places in a row of one area. Returns how many, 0 when there are none. */
 uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom, uint32_t want, uint32_t *first);
+static inline void bsu_storage_answers(struct bsu_storage *storage)
+{
+	if (atomic_load_explicit(&storage->silent, memory_order_relaxed))
+		atomic_store_explicit(&storage->silent, false, memory_order_relaxed);
+}
+
 /* Whether less than what was asked for was left since the last call. */
 bool bsu_storage_got_low(struct bsu_storage *storage);
 /* Places that nobody reads, writes or finds in a map any more. */
@@ -177,7 +185,7 @@ bool bsu_record_holds(const struct bsu_record *record, uint64_t unit, const void
 /* ns that a writer waits for room; 0: not at all. */
 uint64_t bsu_room_limit(const struct bsu_storage *storage);
 /* False when there is room, or nobody is to wait any more: look again. */
-bool bsu_room_wait(struct bsu_storage *storage, struct bsu_task *task);
+bool bsu_room_wait(struct bsu_storage *storage, enum bsu_places_for whom, struct bsu_task *task);
 /* storage.lock held: all that wait look again. */
 void bsu_room_changed(struct bsu_storage *storage);
 /* The same for callers without the lock. */
@@ -185,8 +193,8 @@ void bsu_room_wake(struct bsu_storage *storage);
 /* The tasks of one queue look again. */
 void bsu_room_recall(struct bsu_storage *storage, struct bsu_queue *queue);
 /* When the next copy may begin, in ns; 0: now. */
-uint64_t bsu_turn(struct bsu_storage *storage, uint64_t now);
-void bsu_turn_taken(struct bsu_storage *storage, uint64_t now, uint64_t bytes);
+uint64_t bsu_turn(const struct bsu_storage *storage, struct bsu_queue *queue);
+void bsu_turn_taken(struct bsu_storage *storage, struct bsu_queue *queue, uint64_t bytes);
 
 /* ---- device.c, switch.c ---- */
 
@@ -251,6 +259,7 @@ struct bsu_device {
 	enum bsu_settling settling;
 	uint64_t settled;		/* directory entries dealt with */
 	_Atomic int images;
+	_Atomic bool any_throttled;	/* a write waits for its turn */
 	_Atomic bool seen;		/* a request to the device itself, for images to yield to */
 	_Atomic uint64_t seen_at;	/* ns */
 
@@ -341,6 +350,7 @@ struct bsu_copy {
 	uint32_t reading;		/* slow form: the unit being read, counted from 0 */
 	bool slow;
 	uint64_t limit;			/* ns */
+	uint64_t stored;		/* when its write to the storage was begun */
 	void *buf;
 	struct bsu_io io;
 	struct bsu_task task;
@@ -404,6 +414,7 @@ struct bsu_segment {
 	uint32_t units;
 	uint32_t place;			/* what is written goes there … */
 	bool has_places;		/* … and these places are not published yet */
+	bool slow;			/* no longer counted in segments_out */
 	uint64_t filling;		/* unit whose old data is read for a write to a part of it */
 	void *buf;
 	size_t buf_bytes;
@@ -472,7 +483,7 @@ struct bsu_queue {
 	struct bsu_copy *copies;
 	struct bsu_segment *segments;
 	unsigned int nr_copies, nr_segments;
-	unsigned int segments_out;
+	unsigned int segments_out, copies_out;
 	struct bsu_queue_counters counters;
 };
 
@@ -483,6 +494,16 @@ static inline uint64_t bsu_now(struct bsu_queue *queue)
 
 void bsu_submit(struct bsu_queue *queue, struct bsu_io *io);
 void bsu_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res);
+
+enum bsu_wait {
+	BSU_WAIT_COPY = 1,
+	BSU_WAIT_MAP,
+	BSU_WAIT_ROOM,
+	BSU_WAIT_TURN,
+};
+
+/* Whether the request has waited for @what for @limit (ns), since the last time that it made progress. */
+bool bsu_waited(struct bsu_queue *queue, struct bsu_request *rq, enum bsu_wait what, uint64_t limit);
 void bsu_notify_queues(struct bsu_device *dev);
 
 /* device_request.c, write.c, image_read.c: where a request goes */

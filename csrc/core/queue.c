@@ -151,6 +151,19 @@ void bsu_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res)
 	queue->ops->complete(queue->ctx, rq, res);
 }
 
+bool bsu_waited(struct bsu_queue *queue, struct bsu_request *rq, enum bsu_wait what, uint64_t limit)
+{
+	uint64_t now = bsu_now(queue);
+
+	if (!rq->waiting_since || rq->waits_for != what)
+		rq->waiting_since = now;
+	rq->waits_for = what;
+	if (now - rq->waiting_since < limit)
+		return false;
+	rq->waiting_since = 0;
+	return true;
+}
+
 static bool is_valid(const struct bsu_device *dev, const struct bsu_request *rq)
 {
 	if (rq->op == BSU_OP_FLUSH)
@@ -263,9 +276,19 @@ static void move_all(struct bsu_tasks *to, struct bsu_tasks *from)
 
 static void run_throttled(struct bsu_queue *queue)
 {
-	if (queue->throttled_until <= bsu_now(queue))
+	struct bsu_tasks waiters = queue->throttled;
+	struct bsu_task *task;
+
+	if (atomic_load(&queue->dev->gate_closed)) {
 		move_all(&queue->ready, &queue->throttled);
-	else if (queue->ops->later)
+		return;
+	}
+	/* In their order, until one has to wait again; it comes first next time. */
+	queue->throttled = (struct bsu_tasks) { 0 };
+	while (queue->throttled_until <= bsu_now(queue) && (task = bsu_tasks_pop(&waiters)))
+		task->run(task);
+	move_all(&queue->throttled, &waiters);
+	if (queue->throttled.first && queue->ops->later)
 		queue->ops->later(queue->ctx, queue->throttled_until);
 }
 
@@ -288,6 +311,10 @@ static void recall_from_storages(struct bsu_queue *queue)
 {
 	const struct bsu_view *view = atomic_load(&queue->dev->view);
 
+	if (queue->image) {
+		bsu_room_recall(queue->image->storage, queue);
+		return;
+	}
 	for (unsigned int c = 0; view && c < view->nr_chains; c++)
 		bsu_room_recall(view->chain[c].storage, queue);
 }
@@ -302,7 +329,6 @@ void bsu_queue_tick(struct bsu_queue *queue)
 	move_all(&queue->ready, &queue->copy_waiters);
 	move_all(&queue->ready, &queue->map_waiters);
 	move_all(&queue->ready, &queue->throttled);
-	if (!queue->image)
-		recall_from_storages(queue);
+	recall_from_storages(queue);
 	leave(queue);
 }

@@ -21,7 +21,11 @@ void bsu_storage_set_room(struct bsu_storage *storage, uint64_t wait_ns, uint64_
 
 void bsu_storage_set_rate(struct bsu_storage *storage, uint64_t bytes_per_s)
 {
-	atomic_store_explicit(&storage->rate, bytes_per_s, memory_order_relaxed);
+	pthread_mutex_lock(&storage->lock);
+	/* What was begun at another rate is forgotten. */
+	if (atomic_exchange(&storage->rate, bytes_per_s) != bytes_per_s)
+		atomic_store_explicit(&storage->next_turn, 0, memory_order_relaxed);
+	pthread_mutex_unlock(&storage->lock);
 }
 
 uint64_t bsu_room_limit(const struct bsu_storage *storage)
@@ -48,15 +52,13 @@ void bsu_room_wake(struct bsu_storage *storage)
 	pthread_mutex_unlock(&storage->lock);
 }
 
-bool bsu_room_wait(struct bsu_storage *storage, struct bsu_task *task)
+bool bsu_room_wait(struct bsu_storage *storage, enum bsu_places_for whom, struct bsu_task *task)
 {
 	struct bsu_storage_state *state = storage->state;
 	bool waits;
 
 	pthread_mutex_lock(&storage->lock);
-	waits = atomic_load_explicit(&storage->wait_ns, memory_order_relaxed) &&
-		atomic_load_explicit(&state->used, memory_order_relaxed) >=
-		atomic_load_explicit(&state->capacity, memory_order_relaxed);
+	waits = atomic_load_explicit(&storage->wait_ns, memory_order_relaxed) && !bsu_storage_room(storage, whom);
 	if (waits) {
 		bsu_tasks_push(&storage->room_waiters, task);
 		atomic_fetch_add_explicit(&state->waiting, 1, memory_order_relaxed);
@@ -91,7 +93,7 @@ static bool waits_for(struct bsu_storage *storage, const struct bsu_device *dev)
 
 	pthread_mutex_lock(&storage->lock);
 	for (const struct bsu_task *task = storage->room_waiters.first; task && !found; task = task->next)
-		found = task->queue->dev == dev;
+		found = task->queue->dev == dev && !task->queue->image;
 	pthread_mutex_unlock(&storage->lock);
 	return found;
 }
@@ -107,23 +109,24 @@ bool bsu_device_waits_for_room(struct bsu_device *dev)
 }
 
 /* Turns are points of time: each copy moves the next one by what it takes. */
-uint64_t bsu_turn(struct bsu_storage *storage, uint64_t now)
+uint64_t bsu_turn(const struct bsu_storage *storage, struct bsu_queue *queue)
 {
 	uint64_t next;
 
-	if (!atomic_load_explicit(&storage->rate, memory_order_relaxed))
+	if (!atomic_load_explicit(&storage->rate, memory_order_relaxed) || MUTANT(BSU_MUTANT_TURN_IGNORED))
 		return 0;
 	next = atomic_load_explicit(&storage->next_turn, memory_order_relaxed);
-	return next > now ? next : 0;
+	return next > bsu_now(queue) ? next : 0;
 }
 
-void bsu_turn_taken(struct bsu_storage *storage, uint64_t now, uint64_t bytes)
+void bsu_turn_taken(struct bsu_storage *storage, struct bsu_queue *queue, uint64_t bytes)
 {
 	uint64_t rate = atomic_load_explicit(&storage->rate, memory_order_relaxed);
-	uint64_t next;
+	uint64_t next, now;
 
 	if (!rate)
 		return;
+	now = bsu_now(queue);
 	pthread_mutex_lock(&storage->lock);
 	next = max_u64(atomic_load_explicit(&storage->next_turn, memory_order_relaxed), now > BURST_NS ? now - BURST_NS : 0);
 	atomic_store_explicit(&storage->next_turn, next + bytes * NS_PER_S / rate, memory_order_relaxed);

@@ -8,12 +8,14 @@
  *               |                                          |
  *               +---- given up: no request any more -------+--> free
  *
- * While the filtered device itself has requests, its images make do with a few.
+ * While the filtered device itself has requests, its images make do with a few;
+ * what is slow, say in a silent storage, does not count.
  */
 #include "internal.h"
 
 #define YIELD_NS (NS_PER_S / 50)	/* a request has been seen that lately */
 #define YIELD_SEGMENTS 4u
+#define SLOW_NS NS_PER_S
 
 /* How many segments may be in use at once. */
 static unsigned int allowance(struct bsu_queue *queue)
@@ -21,6 +23,8 @@ static unsigned int allowance(struct bsu_queue *queue)
 	struct bsu_device *dev = queue->dev;
 	uint64_t now = bsu_now(queue);
 
+	if (MUTANT(BSU_MUTANT_YIELD_FOR_EVER))
+		return YIELD_SEGMENTS;
 	if (atomic_load_explicit(&dev->seen, memory_order_relaxed)) {
 		atomic_store_explicit(&dev->seen, false, memory_order_relaxed);
 		atomic_store_explicit(&dev->seen_at, now, memory_order_relaxed);
@@ -41,35 +45,46 @@ struct bsu_segment *bsu_segment_get(struct bsu_queue *queue, struct bsu_request 
 	segment->buf = NULL;
 	segment->state = BSU_SEGMENT_STILL;
 	segment->has_places = false;
+	segment->slow = false;
+	rq->waiting_since = 0;
 	return segment;
+}
+
+/* As many as there are to be had: several where the device has come to rest. */
+static void wake_waiters(struct bsu_queue *queue)
+{
+	struct bsu_task *task;
+
+	for (unsigned int left = allowance(queue); queue->free_segment && left > queue->segments_out; left--) {
+		task = bsu_tasks_pop(&queue->segment_waiters);
+		if (!task)
+			break;
+		if (!MUTANT(BSU_MUTANT_LOSE_SEGMENT_WAITER))
+			bsu_task_ready(queue, task);
+	}
 }
 
 static void to_free_list(struct bsu_segment *segment)
 {
 	struct bsu_queue *queue = segment->queue;
-	struct bsu_task *task;
 
 	segment->rq = NULL;
 	segment->next = queue->free_segment;
 	queue->free_segment = segment;
-	/* More than one where the device has come to rest meanwhile. */
-	for (unsigned int left = allowance(queue); left > queue->segments_out; left--) {
-		task = bsu_tasks_pop(&queue->segment_waiters);
-		if (!task)
-			break;
-		bsu_task_ready(queue, task);
-	}
+	wake_waiters(queue);
 }
 
 void bsu_segment_put(struct bsu_segment *segment)
 {
-	segment->queue->segments_out--;
+	if (!segment->slow)
+		segment->queue->segments_out--;
 	to_free_list(segment);
 }
 
 void bsu_segment_wait(struct bsu_queue *queue, struct bsu_request *rq, void (*run)(struct bsu_task *))
 {
-	rq->waiting_since = bsu_now(queue);
+	if (!rq->waiting_since)
+		rq->waiting_since = bsu_now(queue);
 	rq->task.run = run;
 	bsu_tasks_push(&queue->segment_waiters, &rq->task);
 }
@@ -136,6 +151,13 @@ bool bsu_segment_granted(struct bsu_segment *segment)
 	return bsu_segment_io_ended(segment);
 }
 
+static void count_out(struct bsu_segment *segment)
+{
+	if (!segment->slow)
+		segment->queue->segments_out--;
+	segment->slow = true;
+}
+
 static void give_up(struct bsu_segment *segment)
 {
 	struct bsu_queue *queue = segment->queue;
@@ -144,7 +166,7 @@ static void give_up(struct bsu_segment *segment)
 	segment->rq = NULL;
 	segment->io.rq = NULL;
 	segment->io.given_up = true;
-	queue->segments_out--;
+	count_out(segment);
 	queue->busy++;
 	atomic_fetch_add_explicit(&queue->image->users, 1, memory_order_relaxed);
 	if (segment->state == BSU_SEGMENT_BUFFER && bsu_pool_forget(queue->pool, &segment->task))
@@ -176,12 +198,17 @@ void bsu_segments_tick(struct bsu_queue *queue, uint64_t now)
 {
 	bool broken = bsu_image_status(queue->image, NULL) != BSU_IMAGE_ACTIVE;
 
-	give_up_waiters(queue, broken, now);
-
 	for (unsigned int i = 0; i < queue->nr_segments; i++) {
 		struct bsu_segment *segment = &queue->segments[i];
 
-		if (segment->rq && segment->state != BSU_SEGMENT_STILL && (broken || segment->limit <= now))
+		if (!segment->rq || segment->state == BSU_SEGMENT_STILL)
+			continue;
+		if (broken || segment->limit <= now)
 			give_up(segment);
+		else if (segment->limit - now + SLOW_NS <= queue->dev->copy_limit_ns)
+			count_out(segment);
 	}
+	wake_waiters(queue);
+	if (broken || !queue->free_segment)
+		give_up_waiters(queue, broken, now);
 }

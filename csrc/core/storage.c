@@ -198,23 +198,30 @@ static uint32_t take_run(struct bsu_storage *storage, struct bsu_area *area, uin
 	return count;
 }
 
+uint64_t bsu_storage_room(const struct bsu_storage *storage, enum bsu_places_for whom)
+{
+	const struct bsu_storage_state *state = storage->state;
+	uint64_t capacity = atomic_load_explicit(&state->capacity, memory_order_relaxed);
+	uint64_t unused = capacity - min_u64(capacity, atomic_load_explicit(&state->used, memory_order_relaxed));
+	uint64_t kept = whom == BSU_FOR_IMAGE_WRITE ? (capacity + IMAGE_WRITE_SHARE - 1) / IMAGE_WRITE_SHARE : 0;
+
+	return unused - min_u64(unused, kept);
+}
+
 uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom, uint32_t want, uint32_t *first)
 {
 	struct bsu_storage_state *state = storage->state;
-	uint64_t capacity, unused, kept = 0;
+	uint64_t room;
 	struct bsu_area *area;
 	uint32_t count = 0, at;
 
 	pthread_mutex_lock(&storage->lock);
-	capacity = atomic_load_explicit(&state->capacity, memory_order_relaxed);
-	unused = capacity - min_u64(capacity, atomic_load_explicit(&state->used, memory_order_relaxed));
-	if (whom == BSU_FOR_IMAGE_WRITE)
-		kept = (capacity + IMAGE_WRITE_SHARE - 1) / IMAGE_WRITE_SHARE;
-	area = unused > kept ? find_free(storage, &at) : NULL;
+	room = bsu_storage_room(storage, whom);
+	area = room ? find_free(storage, &at) : NULL;
 	if (area) {
-		count = take_run(storage, area, at, (uint32_t)min_u64(want, unused - kept));
+		count = take_run(storage, area, at, (uint32_t)min_u64(want, room));
 		*first = area->first + at;
-		if (unused - count < storage->low && !storage->low_told) {
+		if (bsu_storage_room(storage, BSU_FOR_COPY) < storage->low && !storage->low_told) {
 			storage->low_told = true;
 			atomic_store_explicit(&storage->got_low, true, memory_order_relaxed);
 		}
@@ -227,6 +234,8 @@ uint32_t bsu_storage_give(struct bsu_storage *storage, enum bsu_places_for whom,
 
 bool bsu_storage_got_low(struct bsu_storage *storage)
 {
+	if (MUTANT(BSU_MUTANT_LOW_NEVER_TOLD))
+		return false;
 	return atomic_load_explicit(&storage->got_low, memory_order_relaxed) && atomic_exchange(&storage->got_low, false);
 }
 

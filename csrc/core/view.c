@@ -125,20 +125,22 @@ int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image)
 }
 
 /*
- * With a younger image that is active, no copy for this one can be in flight:
- * writes came to rest when the younger one was taken.
+ * Images only ever stop being active. So if a younger one is active now that
+ * this one is not, it was the younger one all the time since it was taken, when
+ * writes came to rest: no copy for this one can be under way.
  */
-bool bsu_drop_needs_gate(const struct bsu_device *dev)
+bool bsu_drop_begin(struct bsu_device *dev)
 {
-	const struct bsu_image *image = dev->changing;
+	struct bsu_image *image = dev->changing;
 	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), image->storage);
+	bool younger = MUTANT(BSU_MUTANT_DROP_OPEN);
 
-	if (MUTANT(BSU_MUTANT_DROP_OPEN))
-		return false;
+	atomic_store(&image->state->status, BSU_IMAGE_GONE);
 	for (unsigned int k = chain->nr_images; k-- > 0 && chain->image[k] != image;)
-		if (bsu_image_status(chain->image[k], NULL) == BSU_IMAGE_ACTIVE)
-			return false;
-	return true;
+		younger = younger || bsu_image_status(chain->image[k], NULL) == BSU_IMAGE_ACTIVE;
+	/* Nobody needs room for it any more. */
+	bsu_room_wake(image->storage);
+	return !younger;
 }
 
 void bsu_prepare_cancel(struct bsu_device *dev)

@@ -23,10 +23,9 @@ struct plan {
 	struct bsu_copy *first, *last;
 	unsigned int copies;
 	struct bsu_claim *conflict;
-	bool no_copy;
-	bool no_map;
-	const struct bsu_chain *no_room;
-	uint64_t turn;		/* ns: nothing is copied before */
+	enum bsu_wait wait;		/* what lacks first, */
+	const struct bsu_chain *chain;	/* for this one */
+	uint64_t turn;			/* ns, of BSU_WAIT_TURN */
 };
 
 static uint64_t leaf_mask(uint64_t leaf, uint64_t first, uint64_t last)
@@ -76,6 +75,30 @@ static bool view_lacks(const struct bsu_view *view, uint64_t first, uint64_t las
 	return false;
 }
 
+/* Nothing more is planned for the chain. */
+static bool plan_stops(struct plan *plan, enum bsu_wait wait, const struct bsu_chain *chain)
+{
+	if (!plan->wait) {
+		plan->wait = wait;
+		plan->chain = chain;
+	}
+	return true;
+}
+
+/* Three quarters of the copies are the most for one storage, which may be silent. */
+static bool over_share(const struct bsu_queue *queue, const struct bsu_storage *storage, const struct plan *plan)
+{
+	unsigned int most = queue->nr_copies / 4 * 3, count = 0;
+
+	if (queue->copies_out < most || MUTANT(BSU_MUTANT_ONE_TAKES_ALL))
+		return false;
+	for (const struct bsu_copy *copy = queue->oldest; copy; copy = copy->newer)
+		count += copy->image->storage == storage;
+	for (const struct bsu_copy *copy = plan->first; copy; copy = copy->next)
+		count += copy->image->storage == storage;
+	return count >= most;
+}
+
 /*
  * Copies for a run of units that image k lacks and nobody claims. Returns
  * false when the chain was broken meanwhile and has to be looked at again.
@@ -83,41 +106,38 @@ static bool view_lacks(const struct bsu_view *view, uint64_t first, uint64_t las
 static bool plan_run(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_chain *chain, unsigned int k,
 		     uint64_t unit, uint32_t count, struct plan *plan)
 {
-	uint64_t now = bsu_now(queue);
-
 	while (count) {
 		struct bsu_copy *copy = queue->free_copy;
 		uint32_t place, got;
+		uint64_t turn;
 
-		if (!copy) {
-			plan->no_copy = true;
-			return true;
-		}
-		if (bsu_map_reserve(&chain->image[k]->map, unit, count)) {
-			plan->no_map = true;
-			return true;
-		}
 		/* Nobody waits a second time for a storage that does not answer. */
 		if (atomic_load_explicit(&chain->storage->silent, memory_order_relaxed)) {
 			bsu_chain_break(queue, chain, unit, BSU_IMAGE_CORRUPTED, ETIMEDOUT);
 			return false;
 		}
-		plan->turn = bsu_turn(chain->storage, now);
-		if (plan->turn)
-			return true;
+		if (!copy || over_share(queue, chain->storage, plan))
+			return plan_stops(plan, BSU_WAIT_COPY, chain);
+		if (bsu_map_reserve(&chain->image[k]->map, unit, count))
+			return plan_stops(plan, BSU_WAIT_MAP, chain);
+		/* Nobody waits for a turn while others wait for the device to come to rest. */
+		turn = atomic_load(&queue->dev->gate_closed) ? 0 : bsu_turn(chain->storage, queue);
+		if (turn) {
+			plan->turn = plan->wait ? plan->turn : turn;
+			return plan_stops(plan, BSU_WAIT_TURN, chain);
+		}
 		got = bsu_storage_give(chain->storage, BSU_FOR_COPY, count, &place);
 		if (bsu_storage_got_low(chain->storage))
 			queue->ops->notify(queue->ctx);
-		if (!got && bsu_room_limit(chain->storage)) {
-			plan->no_room = chain;
-			return true;
-		}
+		if (!got && bsu_room_limit(chain->storage))
+			return plan_stops(plan, BSU_WAIT_ROOM, chain);
 		if (!got) {
 			bsu_chain_break(queue, chain, unit, BSU_IMAGE_OVERFLOWN, ENOSPC);
 			return false;
 		}
-		bsu_turn_taken(chain->storage, now, (uint64_t)got << queue->dev->unit_shift);
+		bsu_turn_taken(chain->storage, queue, (uint64_t)got << queue->dev->unit_shift);
 		queue->free_copy = copy->next;
+		queue->copies_out++;
 		copy->next = NULL;
 		bsu_copy_claim(copy, rq, chain->image[k], unit, got, place);
 		if (plan->last)
@@ -157,6 +177,8 @@ static bool plan_chain(struct bsu_queue *queue, struct bsu_request *rq, const st
 		if (run && (!want || run == queue->dev->copy_units)) {
 			if (!plan_run(queue, rq, chain, (unsigned int)k, begin, run, plan))
 				return false;
+			if (plan->chain == chain)
+				return true;
 			run = 0;
 		}
 		if (want && !run++)
@@ -192,23 +214,10 @@ static void start_copies(struct bsu_request *rq, struct plan *plan)
 	}
 }
 
-/* Whether the request has waited for @limit, since the last time that it made progress. */
-static bool waited(struct bsu_queue *queue, struct bsu_request *rq, uint64_t limit)
+static void wait_for_map(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_chain *chain, uint64_t first, uint64_t last)
 {
-	uint64_t now = bsu_now(queue);
-
-	if (!rq->waiting_since)
-		rq->waiting_since = now;
-	if (now - rq->waiting_since < limit)
-		return false;
-	rq->waiting_since = 0;
-	return true;
-}
-
-static void wait_for_map(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_view *view, uint64_t first, uint64_t last)
-{
-	if (waited(queue, rq, BSU_MAP_WAIT_NS)) {
-		break_lacking(queue, view, first, last, ENOMEM);
+	if (bsu_waited(queue, rq, BSU_WAIT_MAP, BSU_MAP_WAIT_NS)) {
+		break_chain(queue, chain, first, last, BSU_IMAGE_CORRUPTED, ENOMEM);
 		bsu_task_ready(queue, &rq->task);
 		return;
 	}
@@ -216,11 +225,11 @@ static void wait_for_map(struct bsu_queue *queue, struct bsu_request *rq, const 
 	queue->ops->notify(queue->ctx);
 }
 
-/* All copies are under way, and a silent storage may never let go of them. */
-static void wait_for_copy(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_view *view, uint64_t first, uint64_t last)
+/* Copies are under way, and a silent storage may never let go of them. */
+static void wait_for_copy(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_chain *chain, uint64_t first, uint64_t last)
 {
-	if (waited(queue, rq, queue->dev->copy_limit_ns) && !MUTANT(BSU_MUTANT_WAIT_FOR_EVER)) {
-		break_lacking(queue, view, first, last, ETIMEDOUT);
+	if (bsu_waited(queue, rq, BSU_WAIT_COPY, queue->dev->copy_limit_ns) && !MUTANT(BSU_MUTANT_WAIT_FOR_EVER)) {
+		break_chain(queue, chain, first, last, BSU_IMAGE_CORRUPTED, ETIMEDOUT);
 		bsu_task_ready(queue, &rq->task);
 		return;
 	}
@@ -229,9 +238,11 @@ static void wait_for_copy(struct bsu_queue *queue, struct bsu_request *rq, const
 
 static void wait_for_room(struct bsu_queue *queue, struct bsu_request *rq, const struct bsu_chain *chain, uint64_t first, uint64_t last)
 {
-	if (waited(queue, rq, bsu_room_limit(chain->storage)) && !MUTANT(BSU_MUTANT_WAIT_FOR_ROOM))
+	if (bsu_waited(queue, rq, BSU_WAIT_ROOM, bsu_room_limit(chain->storage)) && !MUTANT(BSU_MUTANT_WAIT_FOR_ROOM)) {
 		break_chain(queue, chain, first, last, BSU_IMAGE_OVERFLOWN, ENOSPC);
-	else if (bsu_room_wait(chain->storage, &rq->task)) {
+		if (MUTANT(BSU_MUTANT_OVERFLOW_EVERYWHERE))
+			break_lacking(queue, atomic_load(&queue->dev->view), first, last, ENOSPC);
+	} else if (bsu_room_wait(chain->storage, BSU_FOR_COPY, &rq->task)) {
 		queue->ops->notify(queue->ctx);
 		return;
 	}
@@ -246,7 +257,33 @@ static void wait_for_turn(struct bsu_queue *queue, struct bsu_request *rq, uint6
 			queue->ops->later(queue->ctx, turn);
 	}
 	rq->waiting_since = 0;
-	bsu_tasks_push(&queue->throttled, &rq->task);
+	atomic_store(&queue->dev->any_throttled, true);
+	if (!MUTANT(BSU_MUTANT_TURN_LOST) || !queue->throttled.first)
+		bsu_tasks_push(&queue->throttled, &rq->task);
+	/* Whoever closed it before may not have seen us. */
+	if (atomic_load(&queue->dev->gate_closed))
+		bsu_task_ready(queue, bsu_tasks_pop(&queue->throttled));
+}
+
+static void wait_or_again(struct bsu_queue *queue, struct bsu_request *rq, const struct plan *plan, uint64_t first, uint64_t last)
+{
+	switch (plan->wait) {
+	case BSU_WAIT_COPY:
+		wait_for_copy(queue, rq, plan->chain, first, last);
+		break;
+	case BSU_WAIT_MAP:
+		wait_for_map(queue, rq, plan->chain, first, last);
+		break;
+	case BSU_WAIT_ROOM:
+		wait_for_room(queue, rq, plan->chain, first, last);
+		break;
+	case BSU_WAIT_TURN:
+		wait_for_turn(queue, rq, plan->turn);
+		break;
+	default:
+		/* published or broken meanwhile */
+		bsu_task_ready(queue, &rq->task);
+	}
 }
 
 void bsu_write_again(struct bsu_task *task)
@@ -276,7 +313,7 @@ void bsu_write_again(struct bsu_task *task)
 	}
 	task->run = bsu_write_again;
 	pthread_mutex_lock(&dev->lock);
-	for (unsigned int c = 0; c < view->nr_chains && !plan.no_copy && !plan.no_map && !plan.no_room && !plan.turn;)
+	for (unsigned int c = 0; c < view->nr_chains;)
 		if (plan_chain(queue, rq, &view->chain[c], first, last, &plan))
 			c++;
 	if (!plan.copies && plan.conflict) {
@@ -288,18 +325,8 @@ void bsu_write_again(struct bsu_task *task)
 
 	if (plan.copies)
 		start_copies(rq, &plan);
-	else if (plan.conflict)
-		return;
-	else if (plan.no_copy)
-		wait_for_copy(queue, rq, view, first, last);
-	else if (plan.no_map)
-		wait_for_map(queue, rq, view, first, last);
-	else if (plan.no_room)
-		wait_for_room(queue, rq, plan.no_room, first, last);
-	else if (plan.turn)
-		wait_for_turn(queue, rq, plan.turn);
-	else
-		bsu_task_ready(queue, task);	/* published or broken meanwhile */
+	else if (!plan.conflict)
+		wait_or_again(queue, rq, &plan, first, last);
 }
 
 /* Bytes from @start on that are treated alike: sent down, or swallowed. */

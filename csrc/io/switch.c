@@ -11,6 +11,7 @@
 
 #define NS_PER_MS 1000000ull
 #define NAP_NS 30000
+#define LOOK_NS NS_PER_MS
 #define REPLAY_NS (10 * NS_PER_MS)
 
 static uint64_t now_ns(void)
@@ -18,9 +19,9 @@ static uint64_t now_ns(void)
 	return bsu_transport_now(NULL);
 }
 
-static void nap(void)
+static void nap(long ns)
 {
-	const struct timespec ts = { .tv_nsec = NAP_NS };
+	const struct timespec ts = { .tv_nsec = ns };
 
 	nanosleep(&ts, NULL);
 }
@@ -33,9 +34,10 @@ static unsigned int wait_drained(struct bsu_device **devices, unsigned int count
 	for (;;) {
 		while (done < count && bsu_gate_drained(devices[done]))
 			done++;
-		if (done == count || now_ns() >= deadline)
+		/* Room does not come while we wait here. */
+		if (done == count || now_ns() >= deadline || bsu_device_waits_for_room(devices[done]))
 			return done;
-		nap();
+		nap(NAP_NS);
 	}
 }
 
@@ -96,7 +98,7 @@ int bsu_wait_for_room(struct bsu_device **devices, unsigned int count, unsigned 
 		}
 		if (now_ns() >= deadline)
 			return -EBUSY;
-		nap();
+		nap(LOOK_NS);
 	}
 	return 0;
 }
@@ -148,7 +150,7 @@ int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms)
 		if (now_ns() >= deadline)
 			return -ETIMEDOUT;
 		if (ret < 0)
-			nap();
+			nap(NAP_NS);
 	}
 }
 
@@ -164,7 +166,7 @@ int bsu_image_release_within(struct bsu_image *image, unsigned int timeout_ms)
 		if (now_ns() >= deadline)
 			return -ETIMEDOUT;
 		if (ret < 0)
-			nap();
+			nap(NAP_NS);
 	}
 }
 

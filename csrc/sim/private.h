@@ -45,6 +45,7 @@ struct sim_queue {
 	unsigned int depth;
 	uint32_t index;
 	bool woken;
+	uint64_t later;			/* it is to be run then; 0: never */
 };
 
 struct sim_result {

@@ -99,6 +99,14 @@ static void sim_notify(void *ctx)
 	((struct sim_queue *)ctx)->sim->notified++;
 }
 
+static void sim_later(void *ctx, uint64_t when)
+{
+	struct sim_queue *queue = ctx;
+
+	if (!queue->later || when < queue->later)
+		queue->later = when;
+}
+
 static uint64_t sim_now(void *ctx)
 {
 	return ((struct sim_queue *)ctx)->sim->now;
@@ -112,6 +120,7 @@ static const struct bsu_queue_ops sim_ops = {
 	.wake = sim_wake,
 	.notify = sim_notify,
 	.now = sim_now,
+	.later = sim_later,
 };
 
 struct bsu_sim *bsu_sim_new(void)
@@ -331,9 +340,22 @@ void bsu_sim_run(struct bsu_sim *sim)
 	}
 }
 
-void bsu_sim_tick(struct bsu_sim *sim, uint64_t ns)
+void bsu_sim_pass(struct bsu_sim *sim, uint64_t ns)
 {
 	sim->now += ns;
+	for (unsigned int i = 0; i < sim->queues; i++) {
+		struct sim_queue *queue = sim->queue[i];
+
+		if (!queue || !queue->later || queue->later > sim->now)
+			continue;
+		queue->later = 0;
+		queue->woken = true;
+	}
+}
+
+void bsu_sim_tick(struct bsu_sim *sim, uint64_t ns)
+{
+	bsu_sim_pass(sim, ns);
 	for (unsigned int i = 0; i < sim->queues; i++)
 		if (sim->queue[i])
 			bsu_queue_tick(sim->queue[i]->queue);

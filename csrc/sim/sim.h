@@ -84,6 +84,8 @@ void bsu_sim_run_queue(struct bsu_sim *sim, unsigned int queue);
 /* All that were woken, until none is. */
 void bsu_sim_run(struct bsu_sim *sim);
 void bsu_sim_tick(struct bsu_sim *sim, uint64_t ns);
+/* Moves the clock between two ticks: queues that asked for a time that has come are woken. */
+void bsu_sim_pass(struct bsu_sim *sim, uint64_t ns);
 /* ops->notify() calls since the last time asked. */
 unsigned int bsu_sim_notified(struct bsu_sim *sim);
 

@@ -6,7 +6,7 @@ Paths are absolute: the daemon has another working directory than its callers.
 
 from msgspec import Struct
 
-from blksnap_ublk.forms import Event, Freeze, Range
+from blksnap_ublk.forms import Event, Freeze, Range, Storage
 
 INTERFACE = "io.blksnap.Ublk"
 
@@ -30,7 +30,7 @@ class Detach(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
 
 class CreateSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Parameters of CreateSnapshot. `limit` in bytes, `ttl` in seconds."""
+    """Parameters of CreateSnapshot. `limit` in bytes, `ttl` in seconds, `copy_rate` in bytes per second."""
 
     devices: list[str]
     storage: list[str] | None = None
@@ -41,10 +41,12 @@ class CreateSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     partitions: bool | None = None
     ttl: float | None = None
     while_pid: int | None = None
+    wipe: bool | None = None
+    copy_rate: int | None = None
 
 
 class OneSnapshot(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Parameters of ShowSnapshot and CheckSnapshot."""
+    """Parameters of ShowSnapshot, CheckSnapshot and ShowStorage."""
 
     snapshot: str
 
@@ -61,6 +63,28 @@ class DestroySnapshots(Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
     snapshots: list[str]
     force: bool | None = None
+
+
+class AddStorage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Parameters of AddStorage: SPECs, and plain paths."""
+
+    snapshot: str
+    storage: list[str] | None = None
+    storage_files: list[str] | None = None
+
+
+class LimitStorage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Parameters of LimitStorage; `limit` in bytes."""
+
+    snapshot: str
+    limit: int
+
+
+class ThrottleStorage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Parameters of ThrottleStorage; `copy_rate` in bytes per second, null: no limit."""
+
+    snapshot: str
+    copy_rate: int | None = None
 
 
 class ShowChanges(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -102,6 +126,12 @@ class NoParameters(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     """Parameters of the methods that take none."""
 
 
+class StorageReply(Struct, kw_only=True, frozen=True):
+    """Reply of the methods about storage."""
+
+    storage: Storage
+
+
 class DumpPortion(Struct, kw_only=True, frozen=True):
     """Reply of DumpChanges: the next bytes of a `.npy` file of `size` bytes, in base64."""
 
@@ -110,9 +140,10 @@ class DumpPortion(Struct, kw_only=True, frozen=True):
 
 
 class EventBatch(Struct, kw_only=True, frozen=True):
-    """Reply of ReadEvents: the next events, oldest first; the last batch may be empty."""
+    """Reply of ReadEvents: the next events, oldest first, maybe none; `seq`: from which number on to go on reading."""
 
     events: list[Event]
+    seq: int
 
 
 class DaemonVersion(Struct, kw_only=True, frozen=True):

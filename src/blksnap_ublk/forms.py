@@ -87,7 +87,9 @@ class Area(Struct, kw_only=True, frozen=True):
 class Storage(Struct, kw_only=True, frozen=True):
     """Difference storage. `forecast_seconds`: until it is full at the present rate, null when nothing is preserved.
 
-    `snapshots` are the ids of all the snapshots that share it.
+    `snapshots` are the ids of all the snapshots that share it. `wipe`: what it held is overwritten when it is given
+    back. `copy_rate`: bytes per second that copy-on-write may write to it, null: no limit. `waiting`: requests that
+    wait for room in it now. `growing`: it grows by itself, up to `limit`.
     """
 
     used: int
@@ -97,6 +99,10 @@ class Storage(Struct, kw_only=True, frozen=True):
     areas: list[Area]
     forecast_seconds: float | None
     snapshots: list[str] = []
+    wipe: bool = False
+    copy_rate: int | None = None
+    waiting: int = 0
+    growing: bool = False
 
 
 class Image(Struct, kw_only=True, frozen=True):
@@ -115,8 +121,8 @@ class Image(Struct, kw_only=True, frozen=True):
 
 
 class Snapshot(Struct, kw_only=True, frozen=True):
-    """A snapshot. `error` says why it is broken; `gate_us` how long new writes were held, in microseconds,
-    `gate_writes_us` how much of that until the last write in flight had ended.
+    """A snapshot. `error` says why it is broken, `lost_at` when that was found. `gate_us`: how long new writes were
+    held, in microseconds, `gate_writes_us` how much of that until the last write in flight had ended.
 
     It ends by itself at `expires`, which is `ttl` seconds after it was taken or last renewed, and when the process
     `while_pid` has ended; null: it does not. With `partitions` its images show their partitions.
@@ -135,6 +141,7 @@ class Snapshot(Struct, kw_only=True, frozen=True):
     while_pid: int | None = None
     partitions: bool = False
     gate_writes_us: int = 0
+    lost_at: str | None = None
 
 
 class SnapshotCheck(Struct, kw_only=True, frozen=True):

@@ -11,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blksnap_ublk import forms
+from blksnap_ublk.calls import EventBatch
 from blksnap_ublk.daemon.service import ChangesAnswer
 from blksnap_ublk.errors import Busy, NotFound, Unsupported, Untrusted, UsageError
+from blksnap_ublk.snapshot import overflow
 
 SIZE = 1 << 30
 GONE = 4_000_000
 """A pid of no process."""
 CREATED = forms.timestamp(1_769_860_800)
+LOST = forms.timestamp(1_769_864_400)
 
 
 class FakeService:
@@ -98,18 +101,20 @@ class FakeService:
         storage: Sequence[str],
         storage_files: Sequence[str],
         limit: int | None,
-        on_overflow: str,
+        on_overflow: str | None,
         freeze: forms.Freeze,
         partitions: bool,
         ttl: float | None,
         while_pid: int | None,
+        wipe: bool,
+        copy_rate: int | None,
     ) -> forms.SnapshotCreated:
         self.requests.append(("create_snapshot", (list(storage), list(storage_files), limit, on_overflow, freeze)))
         self.requests.append(("lifetime", (partitions, ttl, while_pid)))
         if while_pid == GONE:
             raise UsageError("no such process", subject=f"--while-pid {while_pid}")
-        if on_overflow != "break":
-            raise Unsupported(f"--on-overflow {on_overflow} is not available in this version")
+        if on_overflow is not None:
+            overflow.parse(on_overflow)
         members = [self.find(device) for device in devices]
         identity = str(uuid.UUID(int=0xABCD << 112 | len(self.snapshots)))
         images = []
@@ -145,10 +150,13 @@ class FakeService:
                 used=4096 * len(areas),
                 capacity=(1 << 20) * len(areas),
                 limit=limit,
-                on_overflow=on_overflow,
+                on_overflow=on_overflow or "break",
                 areas=areas,
                 forecast_seconds=90.5,
                 snapshots=[identity],
+                wipe=wipe,
+                copy_rate=copy_rate,
+                growing=limit is not None,
             ),
             expires=None if ttl is None else forms.timestamp(1_769_860_800 + ttl),
             ttl=ttl,
@@ -190,6 +198,26 @@ class FakeService:
                 left = [identity for identity in member.snapshots if identity != snapshot.id]
                 self.devices[image.device] = msgspec.structs.replace(member, snapshots=left)
         return forms.Destroyed(destroyed=[snapshot.id for snapshot in found], warnings=[])
+
+    async def show_storage(self, snapshot: str) -> forms.Storage:
+        return self.find_snapshot(snapshot).storage
+
+    async def add_storage(
+        self, snapshot: str, *, storage: Sequence[str], storage_files: Sequence[str]
+    ) -> forms.Storage:
+        known = self.find_snapshot(snapshot).storage
+        areas = [forms.Area(path=path, start=0, count=2048, used=0) for path in (*storage, *storage_files)]
+        return self.change_storage(
+            snapshot, areas=[*known.areas, *areas], capacity=known.capacity + (1 << 20) * len(areas)
+        )
+
+    async def limit_storage(self, snapshot: str, limit: int) -> forms.Storage:
+        return self.change_storage(snapshot, limit=limit)
+
+    async def throttle_storage(self, snapshot: str, copy_rate: int | None) -> forms.Storage:
+        if copy_rate is not None and copy_rate < 1 << 20:
+            raise UsageError(f"{copy_rate} bytes a second is no rate for copies", subject="--copy-rate")
+        return self.change_storage(snapshot, copy_rate=copy_rate)
 
     async def show_changes(self, device: str, *, since: str | None, until: str | None) -> ChangesAnswer:
         found = self.find(device)
@@ -253,16 +281,17 @@ class FakeService:
 
     async def events(
         self, since: int | None, *, follow: bool, snapshot: str | None
-    ) -> AsyncGenerator[forms.Event, None]:
+    ) -> AsyncGenerator[EventBatch, None]:
         seen = since if since is not None else len(self.backlog) if follow else 0
         self.followers += follow
         try:
+            yield EventBatch(events=[], seq=seen)
             while True:
                 grown = self.grown
                 for event in self.backlog[seen:]:
                     seen = event.seq
                     if snapshot is None or event.snapshot == snapshot:
-                        yield event
+                        yield EventBatch(events=[event], seq=seen)
                 if not follow:
                     return
                 await grown.wait()
@@ -287,7 +316,15 @@ class FakeService:
 
     def break_snapshot(self, identity: str, state: forms.SnapshotState, error: str) -> None:
         """Mark a snapshot."""
-        self.snapshots[identity] = msgspec.structs.replace(self.snapshots[identity], state=state, error=error)
+        found = self.snapshots[identity]
+        self.snapshots[identity] = msgspec.structs.replace(found, state=state, error=error, lost_at=LOST)
+
+    def change_storage(self, reference: str, **changes: object) -> forms.Storage:
+        """The storage of a snapshot with other fields."""
+        found = self.find_snapshot(reference)
+        storage = msgspec.structs.replace(found.storage, **changes)
+        self.snapshots[found.id] = msgspec.structs.replace(found, storage=storage)
+        return storage
 
     def find(self, device: str) -> forms.Device:
         for found in self.devices.values():

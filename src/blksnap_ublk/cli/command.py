@@ -16,6 +16,8 @@ PROGRAM = "blksnap-ublk"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
+Reference = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="UUID, or its beginning (4 characters or more).")]
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from blksnap_ublk.cli import changes, daemon, device, doctor, events, install, snapshot, status
+from blksnap_ublk.cli import changes, daemon, device, doctor, events, install, snapshot, status, storage
 from blksnap_ublk.cli.command import PROGRAM, CommandFailed, ReaderGone, Settings
 from blksnap_ublk.cli.output import complain
 from blksnap_ublk.errors import one_line
@@ -43,6 +43,7 @@ def settings(
 
 device.add_to(app)
 snapshot.add_to(app)
+storage.add_to(app)
 changes.add_to(app)
 events.add_to(app)
 status.add_to(app)

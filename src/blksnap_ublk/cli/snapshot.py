@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from blksnap_ublk.cli.command import Json, client, command
+from blksnap_ublk.cli.command import Json, Reference, client, command
 from blksnap_ublk.cli.output import fill_text, say, say_fields, say_json, say_table
-from blksnap_ublk.cli.sizes import duration_text, parse_size, parse_time, size_text
+from blksnap_ublk.cli.sizes import parse_size, parse_time, size_text
+from blksnap_ublk.cli.storage import say_areas, storage_fields
 from blksnap_ublk.errors import Untrusted, UsageError
 from blksnap_ublk.forms import Destroyed, Freeze, Snapshot, SnapshotList
 
-SECTOR = 512
 _ON_OVERFLOW = re.compile(r"break|pause:[0-9]+|evict-oldest")
-
-Reference = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="UUID, or its beginning (4 characters or more).")]
 
 Time = Annotated[
     float | None,
@@ -63,8 +61,22 @@ def create(
         int | None, typer.Option(parser=parse_size, metavar="SIZE", help="How large the storage may grow.")
     ] = None,
     on_overflow: Annotated[
-        str, typer.Option(metavar="POLICY", help="When the storage is full: break (the snapshot is lost).")
-    ] = "break",
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            help="When the storage is full: break (the snapshot is lost at once; the default), pause:SECONDS (writers "
+            "wait for room so long first), evict-oldest (older snapshots in it are destroyed first).",
+        ),
+    ] = None,
+    wipe: Annotated[
+        bool, typer.Option("--wipe", help="Overwrite what the storage held when it is given back.")
+    ] = False,
+    copy_rate: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help="How many bytes a second copies may write to it, at least 1M."
+        ),
+    ] = None,
     no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze mounted file systems.")] = False,
     require_freeze: Annotated[
         bool, typer.Option("--require-freeze", help="Fail where a mounted file system cannot be frozen.")
@@ -84,7 +96,7 @@ def create(
         raise UsageError("no difference storage", advice="give --storage SPEC or --storage-file PATH")
     if no_freeze and require_freeze:
         raise UsageError("--no-freeze and --require-freeze exclude one another")
-    if _ON_OVERFLOW.fullmatch(on_overflow) is None:
+    if on_overflow is not None and _ON_OVERFLOW.fullmatch(on_overflow) is None:
         raise UsageError(f"--on-overflow {on_overflow}: not one of break, pause:SECONDS, evict-oldest")
     freeze = Freeze.NO if no_freeze else Freeze.REQUIRE if require_freeze else Freeze.TRY
     with client(context) as daemon:
@@ -98,6 +110,8 @@ def create(
             partitions=partitions,
             ttl=ttl,
             while_pid=while_pid,
+            wipe=wipe,
+            copy_rate=copy_rate,
         )
     if json:
         say_json(snapshot)
@@ -121,7 +135,7 @@ def list_snapshots(context: typer.Context, json: Json = False) -> None:
             (
                 s.id,
                 s.created,
-                s.state,
+                s.state if s.lost_at is None else f"{s.state} since {s.lost_at}",
                 _end_text(s),
                 ",".join(i.device for i in s.images),
                 fill_text(s.storage.used, s.storage.capacity),
@@ -181,15 +195,14 @@ def _say_snapshot(snapshot: Snapshot) -> None:
             ("snapshot", snapshot.id),
             ("created", snapshot.created),
             ("state", snapshot.state if snapshot.error is None else f"{snapshot.state}: {snapshot.error}"),
+            *([] if snapshot.lost_at is None else [("lost at", snapshot.lost_at)]),
             ("ends", _end_text(snapshot)),
             ("frozen", "yes" if snapshot.frozen else "no"),
             (
                 "gate closed",
                 f"{snapshot.gate_us} µs ({snapshot.gate_writes_us} µs for writes in flight)",
             ),
-            ("storage", fill_text(storage.used, storage.capacity)),
-            ("limit", "-" if storage.limit is None else size_text(storage.limit)),
-            ("full in", duration_text(storage.forecast_seconds)),
+            *storage_fields(storage),
             ("shared with", ", ".join(other for other in storage.snapshots if other != snapshot.id) or "-"),
         ]
     )
@@ -202,10 +215,7 @@ def _say_snapshot(snapshot: Snapshot) -> None:
         ],
     )
     say("")
-    say_table(
-        ["STORAGE AREA", "START", "SECTORS", "USED"],
-        [(a.path, a.start, a.count, fill_text(a.used, a.count * SECTOR)) for a in storage.areas],
-    )
+    say_areas(storage)
 
 
 def _end_text(snapshot: Snapshot) -> str:

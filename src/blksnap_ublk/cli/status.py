@@ -9,7 +9,7 @@ import typer
 from blksnap_ublk.cli.command import Json, client, command
 from blksnap_ublk.cli.output import fill_text, say, say_json, say_table
 from blksnap_ublk.cli.sizes import duration_text, size_text
-from blksnap_ublk.forms import DeviceStatus, Status
+from blksnap_ublk.forms import DeviceStatus, Snapshot, Status
 
 CLEAR = "\x1b[H\x1b[J"
 
@@ -42,11 +42,21 @@ def _say_status(found: Status, *, clear: bool) -> None:
     )
     say("")
     say_table(
-        ["SNAPSHOT", "STATE", "STORAGE", "FULL IN"],
-        [
-            (s.id, s.state, fill_text(s.storage.used, s.storage.capacity), duration_text(s.storage.forecast_seconds))
-            for s in found.snapshots
-        ],
+        ["SNAPSHOT", "STATE", "STORAGE", "GROWS", "FULL IN", "WAITING"],
+        [_snapshot(snapshot) for snapshot in found.snapshots],
+    )
+
+
+def _snapshot(snapshot: Snapshot) -> tuple[str | int, ...]:
+    storage = snapshot.storage
+    limit = "" if storage.limit is None else f"to {size_text(storage.limit)}"
+    return (
+        snapshot.id,
+        snapshot.state,
+        fill_text(storage.used, storage.capacity),
+        limit or "yes" if storage.growing else "no",
+        duration_text(storage.forecast_seconds),
+        storage.waiting,
     )
 
 

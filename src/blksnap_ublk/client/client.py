@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from blksnap_ublk import calls, forms
+from blksnap_ublk.client.event_stream import read_events
 from blksnap_ublk.client.replaced_file import replaced_file, write_all
 from blksnap_ublk.client.runtime import runtime_directory, socket_path
 from blksnap_ublk.client.start import not_root, start_daemon
@@ -121,17 +122,21 @@ class Client:
         storage: Sequence[str] = (),
         storage_files: Sequence[str] = (),
         limit: int | None = None,
-        on_overflow: str = "break",
+        on_overflow: str | None = None,
         freeze: forms.Freeze = forms.Freeze.TRY,
         partitions: bool = False,
         ttl: float | None = None,
         while_pid: int | None = None,
+        wipe: bool = False,
+        copy_rate: int | None = None,
     ) -> forms.Snapshot:
         """One snapshot of all `devices` at one instant; `storage` are SPECs, `storage_files` plain paths.
 
         A single SPEC `@SNAPSHOT` shares the storage of that one. With `partitions` the images show theirs. It ends by
         itself, whoever uses it then, `ttl` seconds after it was taken or last renewed, and when the process `while_pid`
-        (`os.getpid()`: this one) has ended.
+        (`os.getpid()`: this one) has ended. When the storage is full: `on_overflow` (`break`, `pause:SECONDS` or
+        `evict-oldest`). `wipe` overwrites what it held when it is given back; copy-on-write writes at most `copy_rate`
+        bytes per second to it.
         """
         created = self._call(
             "CreateSnapshot",
@@ -145,6 +150,8 @@ class Client:
                 partitions=partitions,
                 ttl=ttl,
                 while_pid=while_pid,
+                wipe=wipe,
+                copy_rate=copy_rate,
             ),
             forms.SnapshotCreated,
         )
@@ -179,6 +186,34 @@ class Client:
         destroyed = self._call("DestroySnapshots", parameters, forms.Destroyed)
         self._pass_on(destroyed.warnings)
         return destroyed.destroyed
+
+    # Difference storage
+
+    def show_storage(self, snapshot: str) -> forms.Storage:
+        """The difference storage of a snapshot."""
+        return self._call("ShowStorage", calls.OneSnapshot(snapshot=snapshot), calls.StorageReply).storage
+
+    def add_storage(
+        self, snapshot: str, storage: Sequence[str] = (), *, storage_files: Sequence[str] = ()
+    ) -> forms.Storage:
+        """Make it larger at once by SPECs and plain paths."""
+        parameters = calls.AddStorage(
+            snapshot=snapshot,
+            storage=[_absolute(spec) for spec in storage],
+            storage_files=[_absolute(path) for path in storage_files],
+        )
+        return self._call("AddStorage", parameters, calls.StorageReply).storage
+
+    def limit_storage(self, snapshot: str, limit: int) -> forms.Storage:
+        """Let it grow by itself up to `limit` bytes, and no further."""
+        return self._call(
+            "LimitStorage", calls.LimitStorage(snapshot=snapshot, limit=limit), calls.StorageReply
+        ).storage
+
+    def throttle_storage(self, snapshot: str, copy_rate: int | None) -> forms.Storage:
+        """Let copy-on-write write at most `copy_rate` bytes per second to it; None: no limit."""
+        parameters = calls.ThrottleStorage(snapshot=snapshot, copy_rate=copy_rate)
+        return self._call("ThrottleStorage", parameters, calls.StorageReply).storage
 
     # Changes
 
@@ -279,13 +314,15 @@ class Client:
     def events(
         self, *, since: int | None = None, follow: bool = False, snapshot: str | None = None
     ) -> Iterator[forms.Event]:
-        """Events whose `seq` is greater than `since`; with `follow` without end.
+        """Events whose `seq` is greater than `since`; with `follow` without end, also when the daemon's process is
+        replaced.
 
-        `since` None is the whole backlog, or with `follow` nothing but what comes.
+        `since` None is the whole backlog, or with `follow` nothing but what comes. An event `lost` stands for those
+        that are no longer kept; its data has the `first` and the `last` number.
         """
         parameters = calls.ReadEvents(since=since, follow=follow, snapshot=snapshot)
-        for batch in self._stream("ReadEvents", parameters, calls.EventBatch):
-            yield from batch.events
+        with errors_translated():
+            yield from read_events(self._connected(), lambda: Connection(self.path), parameters)
 
     def daemon_version(self) -> calls.DaemonVersion:
         """Version and process of the daemon."""

@@ -16,14 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blksnap_ublk import forms
+from blksnap_ublk.calls import EventBatch
 from blksnap_ublk.daemon.events import EventLog
 from blksnap_ublk.daemon.forecast import Forecasts
 from blksnap_ublk.daemon.service import ChangesAnswer
-from blksnap_ublk.errors import BlksnapError, Failed, UsageError, errno_symbol, from_os_error
+from blksnap_ublk.errors import BlksnapError, Failed, NotFound, UsageError, errno_symbol, from_os_error
 from blksnap_ublk.host import doctor, repair, sysfs
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import attach, change_queries, create, destroy, detach, lifetime, naming, report
-from blksnap_ublk.snapshot.catalogue import DeviceEntry, SnapshotEntry
+from blksnap_ublk.snapshot import (
+    attach,
+    broken,
+    change_queries,
+    create,
+    destroy,
+    detach,
+    enlarging,
+    lifetime,
+    naming,
+    report,
+    storages,
+    throttle,
+)
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import parse_specs
 from blksnap_ublk.ublk.control import granted_features
@@ -92,11 +106,13 @@ class Commands:
         storage: Sequence[str],
         storage_files: Sequence[str],
         limit: int | None,
-        on_overflow: str,
+        on_overflow: str | None,
         freeze: forms.Freeze,
         partitions: bool,
         ttl: float | None,
         while_pid: int | None,
+        wipe: bool,
+        copy_rate: int | None,
     ) -> forms.SnapshotCreated:
         members = [self._device(device) for device in devices]
         options = create.CreateOptions(
@@ -107,36 +123,34 @@ class Commands:
             partitions=partitions,
             ttl=ttl,
             while_pid=while_pid,
+            wipe=wipe,
+            copy_rate=copy_rate,
             join=self._joined(storage),
         )
         entry, warnings = await self._in_thread(create.create, self._context, members, options)
-        form = report.snapshot_form(self._context, entry)
+        form = self._snapshot_form(entry)
         _log.info("took snapshot %s of %s, gate closed for %d us", form.id, ", ".join(devices), form.gate_us)
         return forms.SnapshotCreated(snapshot=form, warnings=warnings)
 
     async def list_snapshots(self) -> list[forms.Snapshot]:
-        return [
-            report.snapshot_form(self._context, entry, self._forecasts.seconds_left)
-            for entry in naming.held_snapshots(self._context.catalogue)
-        ]
+        return [self._snapshot_form(entry) for entry in naming.held_snapshots(self._context.catalogue)]
 
     async def show_snapshot(self, snapshot: str) -> forms.Snapshot:
-        entry = naming.find_snapshot(self._context.catalogue, snapshot)
-        return report.snapshot_form(self._context, entry, self._forecasts.seconds_left)
+        return self._snapshot_form(self._snapshot(snapshot))
 
     async def check_snapshot(self, snapshot: str) -> forms.SnapshotCheck:
-        entry = naming.find_snapshot(self._context.catalogue, snapshot)
+        entry = self._snapshot(snapshot)
         state, error = report.condition(self._context, entry)
         reason = None if error is None else f"{state.value}: {error}"
         return forms.SnapshotCheck(id=entry.id, trusted=reason is None, reason=reason)
 
     async def renew_snapshot(self, snapshot: str, *, ttl: float | None) -> forms.Snapshot:
-        entry = naming.find_snapshot(self._context.catalogue, snapshot)
+        entry = self._snapshot(snapshot)
         renewed = await self._in_thread(lifetime.renew, self._context, entry, ttl)
-        return report.snapshot_form(self._context, renewed, self._forecasts.seconds_left)
+        return self._snapshot_form(renewed)
 
     async def destroy_snapshots(self, snapshots: Sequence[str], *, force: bool) -> forms.Destroyed:
-        found = [naming.find_snapshot(self._context.catalogue, snapshot) for snapshot in snapshots]
+        found = [self._snapshot(snapshot) for snapshot in snapshots]
         entries = list({entry.id: entry for entry in found}.values())
         destroyed: list[str] = []
         warnings: list[str] = []
@@ -154,6 +168,24 @@ class Commands:
                 raise type(error)(f"snapshot {entry.id}: {error.message}; {gone}") from error
             destroyed.append(entry.id)
         return forms.Destroyed(destroyed=destroyed, warnings=warnings)
+
+    async def show_storage(self, snapshot: str) -> forms.Storage:
+        return self._storage_form(storages.of(self._context, self._snapshot(snapshot)))
+
+    async def add_storage(
+        self, snapshot: str, *, storage: Sequence[str], storage_files: Sequence[str]
+    ) -> forms.Storage:
+        entry = self._snapshot(snapshot)
+        specs = parse_specs(storage, storage_files)
+        return self._storage_form(await self._in_thread(enlarging.add, self._context, entry, specs))
+
+    async def limit_storage(self, snapshot: str, limit: int) -> forms.Storage:
+        entry = self._snapshot(snapshot)
+        return self._storage_form(await self._in_thread(enlarging.set_limit, self._context, entry, limit))
+
+    async def throttle_storage(self, snapshot: str, copy_rate: int | None) -> forms.Storage:
+        entry = self._snapshot(snapshot)
+        return self._storage_form(await self._in_thread(throttle.set_copy_rate, self._context, entry, copy_rate))
 
     async def show_changes(self, device: str, *, since: str | None, until: str | None) -> ChangesAnswer:
         entry = self._device(device)
@@ -197,10 +229,10 @@ class Commands:
     async def status(self) -> forms.Status:
         return await self._in_thread(self._status)
 
-    def events(self, since: int | None, *, follow: bool, snapshot: str | None) -> AsyncGenerator[forms.Event, None]:
+    def events(self, since: int | None, *, follow: bool, snapshot: str | None) -> AsyncGenerator[EventBatch, None]:
         wanted = snapshot
         if snapshot is not None and len(snapshot) < 36:
-            wanted = naming.find_snapshot(self._context.catalogue, snapshot).id
+            wanted = self._snapshot(snapshot).id
         return self._events.follow(since, follow=follow, snapshot=wanted)
 
     async def version(self) -> str:
@@ -222,6 +254,26 @@ class Commands:
 
     def _device(self, text: str) -> DeviceEntry:
         return naming.find_device(self._context.catalogue, text)
+
+    def _snapshot(self, text: str) -> SnapshotEntry:
+        try:
+            found = naming.find_snapshot(self._context.catalogue, text)
+        except NotFound as error:
+            end = self._events.end_of(text.lower())
+            if end is None:
+                raise
+            advice = f"`blksnap-ublk events --snapshot {end.snapshot}` tells more"
+            raise NotFound(
+                f"no such snapshot any more, it was {end.type} at {end.time}", subject=text, advice=advice
+            ) from error
+        return broken.tell(self._context, found)
+
+    def _snapshot_form(self, entry: SnapshotEntry) -> forms.Snapshot:
+        current = broken.tell(self._context, entry)
+        return report.snapshot_form(self._context, current, self._forecasts.seconds_left)
+
+    def _storage_form(self, storage: StorageEntry) -> forms.Storage:
+        return report.storage_form(self._context, storage, self._forecasts.seconds_left)
 
     def _joined(self, storage: Sequence[str]) -> str | None:
         """The full id of the snapshot whose storage `@SNAPSHOT` names; None where none does."""
@@ -273,10 +325,7 @@ class Commands:
             pid=os.getpid(),
             version=installed_version(),
             devices=devices,
-            snapshots=[
-                report.snapshot_form(self._context, entry, self._forecasts.seconds_left)
-                for entry in naming.held_snapshots(self._context.catalogue)
-            ],
+            snapshots=[self._snapshot_form(entry) for entry in naming.held_snapshots(self._context.catalogue)],
         )
 
 

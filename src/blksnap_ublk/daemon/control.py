@@ -30,6 +30,7 @@ from blksnap_ublk.keeper.runtime import RuntimePaths
 from blksnap_ublk.snapshot.catalogue import Catalogue
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.disks import Disks
+from blksnap_ublk.snapshot.filling import Filling
 from blksnap_ublk.snapshot.io_link import IoLink
 from blksnap_ublk.snapshot.reconcile import reconcile
 from blksnap_ublk.snapshot.state_files import StateFiles
@@ -92,7 +93,8 @@ async def _serve(start: ChildStart, context: Context, events: EventLog) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     forecasts = Forecasts()
-    watch = Watch(context, forecasts)
+    watch = Watch(context)
+    filling = Filling(context, forecasts)
 
     def stop() -> None:
         try:
@@ -105,11 +107,13 @@ async def _serve(start: ChildStart, context: Context, events: EventLog) -> None:
     server = Server(info, [ublk_interface(commands)])
     server.start(start.listener)
     watch.start()
+    filling.start()
     start.ready()
     _log.info("serving")
     await ending.wait()
     await server.close()
     await asyncio.to_thread(commands.close)
+    await asyncio.to_thread(filling.stop)
     await asyncio.to_thread(watch.stop)
 
 

@@ -22,7 +22,6 @@ from blksnap_ublk.varlink.interface import Call, Interface, Method
 from blksnap_ublk.varlink.wire import VarlinkError, expected_more
 
 RANGES_PER_REPLY = 1 << 14
-EVENTS_PER_REPLY = 256
 NUMBERS_PER_REPLY = 3 << 16
 STATUS_INTERVAL_MS = 500
 
@@ -46,6 +45,10 @@ def ublk_interface(service: Service) -> Interface:
             "CheckSnapshot": Method(calls.OneSnapshot, handlers.check_snapshot),
             "RenewSnapshot": Method(calls.RenewSnapshot, handlers.renew_snapshot),
             "DestroySnapshots": Method(calls.DestroySnapshots, handlers.destroy_snapshots),
+            "ShowStorage": Method(calls.OneSnapshot, handlers.show_storage),
+            "AddStorage": Method(calls.AddStorage, handlers.add_storage),
+            "LimitStorage": Method(calls.LimitStorage, handlers.limit_storage),
+            "ThrottleStorage": Method(calls.ThrottleStorage, handlers.throttle_storage),
             "ShowChanges": Method(calls.ShowChanges, handlers.show_changes, stream=True),
             "DescribeChanges": Method(calls.OneDevice, handlers.describe_changes),
             "DumpChanges": Method(calls.OneDevice, handlers.dump_changes, stream=True),
@@ -95,11 +98,13 @@ class _Handlers:
             storage=parameters.storage or [],
             storage_files=parameters.storage_files or [],
             limit=parameters.limit,
-            on_overflow=parameters.on_overflow or "break",
+            on_overflow=parameters.on_overflow,
             freeze=parameters.freeze or forms.Freeze.TRY,
             partitions=bool(parameters.partitions),
             ttl=parameters.ttl,
             while_pid=parameters.while_pid,
+            wipe=bool(parameters.wipe),
+            copy_rate=parameters.copy_rate,
         )
 
     async def list_snapshots(self, parameters: calls.NoParameters, call: Call) -> forms.SnapshotList:
@@ -116,6 +121,22 @@ class _Handlers:
 
     async def destroy_snapshots(self, parameters: calls.DestroySnapshots, call: Call) -> forms.Destroyed:
         return await self._service.destroy_snapshots(parameters.snapshots, force=bool(parameters.force))
+
+    async def show_storage(self, parameters: calls.OneSnapshot, call: Call) -> calls.StorageReply:
+        return calls.StorageReply(storage=await self._service.show_storage(parameters.snapshot))
+
+    async def add_storage(self, parameters: calls.AddStorage, call: Call) -> calls.StorageReply:
+        storage = await self._service.add_storage(
+            parameters.snapshot, storage=parameters.storage or [], storage_files=parameters.storage_files or []
+        )
+        return calls.StorageReply(storage=storage)
+
+    async def limit_storage(self, parameters: calls.LimitStorage, call: Call) -> calls.StorageReply:
+        return calls.StorageReply(storage=await self._service.limit_storage(parameters.snapshot, parameters.limit))
+
+    async def throttle_storage(self, parameters: calls.ThrottleStorage, call: Call) -> calls.StorageReply:
+        storage = await self._service.throttle_storage(parameters.snapshot, parameters.copy_rate)
+        return calls.StorageReply(storage=storage)
 
     async def show_changes(self, parameters: calls.ShowChanges, call: Call) -> forms.Changes:
         """Each reply carries the same fields and the next ranges."""
@@ -172,15 +193,17 @@ class _Handlers:
         follow = bool(parameters.follow)
         if follow and not call.more:
             raise expected_more()
-        batch: list[forms.Event] = []
-        events = self._service.events(parameters.since, follow=follow, snapshot=parameters.snapshot)
-        async with aclosing(events):
-            async for event in events:
-                batch.append(event)
-                if call.more and (follow or len(batch) == EVENTS_PER_REPLY):
-                    await call.send(calls.EventBatch(events=batch))
-                    batch = []
-        return calls.EventBatch(events=batch)
+        events: list[forms.Event] = []
+        seq = 0
+        batches = self._service.events(parameters.since, follow=follow, snapshot=parameters.snapshot)
+        async with aclosing(batches):
+            async for batch in batches:
+                seq = batch.seq
+                if call.more:
+                    await call.send(batch)
+                else:
+                    events += batch.events
+        return calls.EventBatch(events=events, seq=seq)
 
     async def get_version(self, parameters: calls.NoParameters, call: Call) -> calls.DaemonVersion:
         return calls.DaemonVersion(version=await self._service.version(), pid=os.getpid())

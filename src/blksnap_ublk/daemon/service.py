@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from blksnap_ublk.calls import EventBatch
 from blksnap_ublk.forms import (
     Attached,
     Changes,
@@ -24,7 +25,6 @@ from blksnap_ublk.forms import (
     Destroyed,
     Detached,
     Device,
-    Event,
     Finding,
     Freeze,
     Marked,
@@ -34,6 +34,7 @@ from blksnap_ublk.forms import (
     SnapshotCheck,
     SnapshotCreated,
     Status,
+    Storage,
 )
 
 
@@ -79,19 +80,22 @@ class Service(Protocol):
         storage: Sequence[str],
         storage_files: Sequence[str],
         limit: int | None,
-        on_overflow: str,
+        on_overflow: str | None,
         freeze: Freeze,
         partitions: bool,
         ttl: float | None,
         while_pid: int | None,
+        wipe: bool,
+        copy_rate: int | None,
     ) -> SnapshotCreated:
         """One snapshot of all `devices` at one instant; images and symlinks exist when it returns.
 
         `storage` are SPECs, or one `@SNAPSHOT` whose storage is shared; `storage_files` paths that are never split;
-        `limit` in bytes; `on_overflow` is `break`, `pause:SECONDS` or `evict-oldest`. With `partitions` the images
-        show theirs. It ends by itself after `ttl` seconds, and when the process `while_pid` has ended. Raises Busy (an
-        area or file in use, writers that do not drain), Unsupported (storage or policy that this version cannot do; a
-        freeze that was required).
+        `limit` in bytes; `on_overflow` is `break` (also where it is None), `pause:SECONDS` or `evict-oldest`. With
+        `partitions` the images show theirs. It ends by itself after `ttl` seconds, and when the process `while_pid` has
+        ended. `wipe`: what the storage held is overwritten when it is given back; `copy_rate`: bytes per second that
+        copy-on-write may write to it. Raises Busy (an area or file in use, writers that do not drain), Unsupported
+        (storage that cannot be used; a freeze that was required).
         """
         ...
 
@@ -120,6 +124,25 @@ class Service(Protocol):
         Raises Busy while an image is open, unless `force`, which ends its readers with errors. The first that is
         refused ends it; the error names those that are gone.
         """
+        ...
+
+    async def show_storage(self, snapshot: str) -> Storage:
+        """The difference storage of a snapshot."""
+        ...
+
+    async def add_storage(self, snapshot: str, *, storage: Sequence[str], storage_files: Sequence[str]) -> Storage:
+        """Make the difference storage of a snapshot larger at once; SPECs and paths as of `create_snapshot`.
+
+        Raises Busy (an area or file in use), Unsupported, Failed (no room). Nothing has changed then.
+        """
+        ...
+
+    async def limit_storage(self, snapshot: str, limit: int) -> Storage:
+        """Let the difference storage of a snapshot grow by itself up to `limit` bytes, and no further."""
+        ...
+
+    async def throttle_storage(self, snapshot: str, copy_rate: int | None) -> Storage:
+        """Let copy-on-write write at most `copy_rate` bytes per second to the storage of a snapshot; None: no limit."""
         ...
 
     async def show_changes(self, device: str, *, since: str | None, until: str | None) -> ChangesAnswer:
@@ -157,12 +180,12 @@ class Service(Protocol):
         """Everything that is served, with the counters of now; `rates` null."""
         ...
 
-    def events(self, since: int | None, *, follow: bool, snapshot: str | None) -> AsyncGenerator[Event, None]:
+    def events(self, since: int | None, *, follow: bool, snapshot: str | None) -> AsyncGenerator[EventBatch, None]:
         """Events in their order, those with `seq` greater than `since`; with `follow` it goes on for ever.
 
         `since` None is the whole backlog, or with `follow` nothing but what comes. `snapshot` leaves out the others'.
-        Where events were lost from the backlog, the first to come is one of type `lost` whose data says
-        `{"first": seq, "last": seq}`.
+        They come in batches, with `follow` an empty one first. Where events were lost from the backlog, one of type
+        `lost` stands for them, whose data says `{"first": seq, "last": seq}`.
         """
         ...
 

@@ -10,34 +10,27 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from blksnap_ublk.daemon.forecast import Forecasts
 from blksnap_ublk.errors import BlksnapError, NotFound
-from blksnap_ublk.forms import SnapshotState
-from blksnap_ublk.snapshot import destroy, lifetime, map_memory, naming, report, storages
-from blksnap_ublk.snapshot.catalogue import Phase, SnapshotEntry
+from blksnap_ublk.snapshot import broken, destroy, lifetime, map_memory, naming
+from blksnap_ublk.snapshot.catalogue import SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.reconcile import reconcile, try_again
-from blksnap_ublk.snapshot.state_files import ImageStatus
 
 LOOK = 0.25  # seconds between two looks at the images
-FEED = 1.0  # seconds between two looks at map memory and fill levels
+FEED = 1.0  # seconds between two looks at map memory and times to live
 END_AGAIN = 5.0  # seconds until a snapshot whose time is over, and that could not be destroyed, is tried again
 ENDERS = 4  # snapshots that are destroyed at the same time because their time is over
 TRY_AGAIN = 0.5  # seconds between two attempts to serve a device again that could not be
-_BROKEN = {ImageStatus.OVERFLOWN, ImageStatus.CORRUPTED}
-_EVENTS = {SnapshotState.OVERFLOWN: "overflow", SnapshotState.CORRUPTED: "corrupted"}
 _log = logging.getLogger(__name__)
 
 
 class Watch:
     """Runs from `start` to `stop`."""
 
-    def __init__(self, context: Context, forecasts: Forecasts) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._forecasts = forecasts
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._broken = {entry.id for entry in context.catalogue.snapshots() if self._is_broken(entry)}
         self._fed = 0.0
         self._tried = time.monotonic()
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="expiry")
@@ -75,8 +68,7 @@ class Watch:
             self._tried = time.monotonic()
         held = naming.held_snapshots(self._context.catalogue)
         for entry in held:
-            if entry.id not in self._broken and self._is_broken(entry):
-                self._tell_broken(entry)
+            broken.tell(self._context, entry)
         if held and time.monotonic() - self._fed > FEED:
             self._fed = time.monotonic()
             self._end_expired()
@@ -111,31 +103,6 @@ class Watch:
             _log.exception("snapshot %s: unexpected error; it will be tried again", entry.id)
             self._ends_at[entry.id] = time.monotonic() + END_AGAIN
 
-    def _tell_broken(self, entry: SnapshotEntry) -> None:
-        current = self._context.catalogue.snapshot(entry.id)
-        if current is None or current.phase is Phase.DESTROYING:
-            return  # a destroy by force ends its requests in this way
-        self._broken.add(entry.id)
-        state, error = report.condition(self._context, entry)
-        if state is SnapshotState.ACTIVE:
-            return
-        _log.error("snapshot %s is %s: %s", entry.id, state.value, error)
-        # A snapshot that was lost with its io process was told of when that was found.
-        if entry.lost is None:
-            self._context.emit(_EVENTS[state], snapshot=entry.id, device=naming.only_device(entry), error=error)
-
     def _feed(self, held: list[SnapshotEntry]) -> None:
-        known = self._context.catalogue.storages()
-        self._forecasts.keep_only({storage.key for storage in known})
-        for storage in known:
-            used, _ = storages.used_bytes(self._context, storage)
-            self._forecasts.read(storage.key, sum(used))
-        if any(entry.id not in self._broken for entry in held):
+        if any(not broken.is_broken(self._context, entry) for entry in held):
             map_memory.ensure(self._context)
-
-    def _is_broken(self, entry: SnapshotEntry) -> bool:
-        """Not for a snapshot that is going or has gone since it was looked up."""
-        if entry.lost is not None:
-            return True
-        states = [self._context.state.image_state(naming.image_state_name(image)) for image in entry.images]
-        return any(found is not None and found.status in _BROKEN for found in states)

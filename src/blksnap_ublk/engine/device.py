@@ -68,13 +68,15 @@ class Device(Handle):
         """First step of taking an image out."""
         check(lib.bsu_prepare_drop(self.pointer, image.pointer), "preparing to drop an image")
 
-    @property
-    def drop_needs_gate(self) -> bool:
-        """Of the drop that was prepared: whether it takes `switch_all`, or `drop_now` does."""
-        return bool(lib.bsu_drop_needs_gate(self.pointer))
+    def begin_drop(self) -> bool:
+        """Of a drop that was prepared: nothing is copied for the image any more, also if it is cancelled.
+
+        True: it takes `switch_all`; False: `drop_now` does.
+        """
+        return bool(lib.bsu_drop_begin(self.pointer))
 
     def drop_now(self) -> None:
-        """Switches a prepared drop without closing the gate; `settle` follows."""
+        """Switches a drop that `begin_drop` said needs no gate; `settle` follows."""
         lib.bsu_switch(self.pointer, ffi.NULL)
         self.switched(None)
 

@@ -172,6 +172,10 @@ class Simulator(Handle):
         """Moves the clock, and lets all queues look at it."""
         lib.bsu_sim_tick(self.pointer, ns)
 
+    def pass_time(self, ns: int) -> None:
+        """Moves the clock between two ticks: queues that asked for a time that has come are woken."""
+        lib.bsu_sim_pass(self.pointer, ns)
+
     def notified(self) -> int:
         """How often the core notified the control side since the last call."""
         return int(lib.bsu_sim_notified(self.pointer))

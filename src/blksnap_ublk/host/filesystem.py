@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from blksnap_ublk.host.syscalls import filesystem_magic
 
 GIB = 1 << 30
+_UNKNOWN = 1 << 62  # a tmpfs without a size
 _NETWORK = "is a network file system"
 _REWRITES = "moves blocks when they are overwritten"
 _LAYERED = "passes I/O on to another file system or process"
@@ -60,7 +61,7 @@ def type_of(descriptor: int) -> FileSystemType:
 def room(descriptor: int) -> int:
     """Bytes that may still be allocated on the file system of a descriptor. Raises OSError."""
     status = os.fstatvfs(descriptor)
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize if status.f_blocks else _UNKNOWN
 
 
 def room_with_reserve(descriptor: int) -> int:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 PAGE = 4096
 OPEN_LIMIT = 5.0
-FINISH_LIMIT = 10.0
+FINISH_LIMIT = 1.0  # other messages wait meanwhile; whoever asks does so again
 HALF_ARMED_LIMIT = 0.2
 SETTLE_LIMIT = 5.0
 MARK_LIMIT = 2.0

@@ -29,6 +29,8 @@ from blksnap_ublk.ublk.serving import Backend, finish_queues, open_char, start_q
 
 log = logging.getLogger(__name__)
 
+MAX_ERRNO = 4095
+
 
 @dataclass
 class HeldImage:
@@ -99,11 +101,17 @@ class Images:
     def exempt(self, message: Exempt) -> None:
         """Raises OSError; EINVAL for what is no range of whole units, or an image that is taken; ENOMEM."""
         image = self.find(message.image)
+        if image.taken:
+            raise OSError(errno.EINVAL, f"image {image.name!r} was taken already")
         for start, length in message.ranges:
+            if start < 0 or length <= 0 or start + length > image.device.size:
+                raise OSError(errno.EINVAL, f"{start}+{length} lies outside of the device")
             image.image.exempt(start, length)
 
     def break_storage(self, message: BreakStorage) -> None:
-        """Raises OSError(ENOENT)."""
+        """Raises OSError; EINVAL for what is no errno."""
+        if not 1 <= message.error <= MAX_ERRNO:
+            raise OSError(errno.EINVAL, f"{message.error} is no errno")
         for name in self._storages.find(message.storage).images:
             self._images[name].image.break_(ImageStatus.CORRUPTED, message.error)
 

@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import ExitStack
 
-from blksnap_ublk.engine import Closing, ImageStatus, Late, NoRoom, replay_swallowed, switch_all, wait_for_room
+from blksnap_ublk.engine import Closing, Late, NoRoom, replay_swallowed, switch_all, wait_for_room
 from blksnap_ublk.ioproc.devices import SETTLE_LIMIT, Devices, FilteredDevice, bitmap_bytes, expect
 from blksnap_ublk.ioproc.images import HeldImage, Images
 from blksnap_ublk.ioproc.messages import Drop, Take
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 COMMIT_BYTES = 4096
 DROP_LIMIT_MS = 2000
+ROOM_LIMIT_MS = 100  # what makes room may come by the next message
 DROP_SETTLE_LIMIT = 0.5
 NAP = 0.02
 REPLAY_SLICE = 64 << 20
@@ -102,20 +103,13 @@ class Instants:
         device.settle(SETTLE_LIMIT)
         device.device.prepare_drop(image.image)
         try:
-            if device.device.drop_needs_gate:
-                self._let_writers_go(image)
+            if device.device.begin_drop():
                 self._switch([device], [None], DROP_LIMIT_MS, None)
             else:
                 device.device.drop_now()
         except BaseException:
             device.device.cancel()
             raise
-
-    def _let_writers_go(self, image: HeldImage) -> None:
-        """Nothing is to be preserved any more for the last image of a chain, and nobody waits for room for it."""
-        others = [self._images.find(name) for name in image.device.taken if name != image.name]
-        if all(other.storage is not image.storage for other in others):
-            image.image.break_(ImageStatus.CORRUPTED, errno.ECANCELED)
 
     @staticmethod
     def _check_members(message: Take, images: list[HeldImage]) -> None:
@@ -132,14 +126,16 @@ class Instants:
     def _switch(devices: list[FilteredDevice], bitmaps: list[object], limit_ms: int, commit: object) -> Closing:
         members = [device.device for device in devices]
         try:
-            wait_for_room(members, limit_ms=limit_ms)
+            wait_for_room(members, limit_ms=ROOM_LIMIT_MS)
             return switch_all(members, bitmaps, limit_ms=limit_ms, commit=commit)
         except NoRoom as error:
             why = "wait for room in the difference storage"
             raise LateMember(devices[error.index].name, errno.EBUSY, why) from None
         except Late as error:
-            why = f"did not end within {limit_ms} ms"
-            raise LateMember(devices[error.index].name, errno.ETIMEDOUT, why) from None
+            device = devices[error.index]
+            if device.device.waits_for_room:
+                raise LateMember(device.name, errno.EBUSY, "wait for room in the difference storage") from None
+            raise LateMember(device.name, errno.ETIMEDOUT, f"did not end within {limit_ms} ms") from None
 
     # ---- afterwards ----
 

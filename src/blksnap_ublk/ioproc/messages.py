@@ -52,7 +52,7 @@ class ServeDevice(msgspec.Struct, tag="serve-device", frozen=True):
 class CloseDevice(msgspec.Struct, tag="close-device", frozen=True):
     """After STOP_DEV: let the queues end, close /dev/ublkcN and forget the device. Also undoes a half-made one.
 
-    Refused with EBUSY while it has images, with ETIMEDOUT when the queues have not ended after 10 s: ask again.
+    Refused with EBUSY while it has images, with ETIMEDOUT when the queues have not ended after 1 s: ask again.
     """
 
     device: str

@@ -12,6 +12,8 @@ from blksnap_ublk.ioproc.shared_files import SharedFile, SharedFiles
 from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.rpc.descriptors import Descriptors
 
+WAIT_LIMIT_MS = 1_000_000_000_000
+
 
 @dataclass
 class DifferenceStorage:
@@ -75,9 +77,10 @@ class Storages:
         storage.records.append(records)
 
     def set(self, message: SetStorage) -> None:
-        """Raises OSError(ENOENT), or EINVAL for what is negative."""
-        if min(message.wait_ms, message.low, message.rate) < 0:
-            raise OSError(errno.EINVAL, f"{message} has a negative number")
+        """Raises OSError(ENOENT), or EINVAL for numbers that mean nothing."""
+        for number, limit in ((message.wait_ms, WAIT_LIMIT_MS), (message.low, 1 << 63), (message.rate, 1 << 63)):
+            if not 0 <= number < limit:
+                raise OSError(errno.EINVAL, f"{number} is out of range")
         storage = self.find(message.storage).storage
         storage.set_rate(message.rate)
         storage.set_room(wait_ms=message.wait_ms, low=message.low)

@@ -17,7 +17,7 @@ from blksnap_ublk.host import blockdev, claim, holders, pagecache, stack
 from blksnap_ublk.host.blockdev import BlockDevice
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import naming
+from blksnap_ublk.snapshot import naming, same_device
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, Served
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.state_files import swallowed_bytes
@@ -65,6 +65,7 @@ def attach(context: Context, path: str, options: AttachOptions) -> tuple[DeviceE
     """
     origin = blockdev.describe(path)
     refuse_origin(origin)
+    same_device.refuse_origin_of_storage(context, origin.number, origin.path)
     key = secrets.token_hex(4)
     with context.locks.holding([key]), ExitStack() as undo:
         entry = _reserve(context, key, origin, options, undo)

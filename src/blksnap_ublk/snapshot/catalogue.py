@@ -71,7 +71,10 @@ class AreaEntry(msgspec.Struct, frozen=True):
     """An area of a difference storage, in bytes. `descriptor`: the name under which the keeper holds its file.
 
     `former_size`: what a file that was extended for the storage is cut back to when it is released; -1 for one that was
-    made for it and is removed; None for one that stays as it is.
+    made for it and is removed; None for one that stays as it is. `grows`: the file may be made longer by itself.
+
+    `offset` is the place in the file `path`. `beneath`: the key of the filtered device on whose origin the area is
+    written, at `physical` there; None for one that is written through its file.
     """
 
     path: str
@@ -81,16 +84,35 @@ class AreaEntry(msgspec.Struct, frozen=True):
     offset: int
     length: int
     former_size: int | None = None
+    beneath: str | None = None
+    physical: int | None = None
+    grows: bool = False
 
 
 class StorageEntry(msgspec.Struct, frozen=True):
-    """A difference storage, shared by the snapshots whose `storage_key` is its key; it ends with the last of them."""
+    """A difference storage, shared by the snapshots whose `storage_key` is its key; it ends with the last of them.
+
+    `areas` stand in the order in which the io process has them; it may lack the last of them when an operation was
+    broken off. `announced`: files, without length, that are about to be opened and may be made longer for it.
+
+    `limit` in bytes: what growth may not pass; None: no limit but the file system's. `on_overflow` is the text that
+    `overflow.parse` reads. `wipe`: its areas are overwritten when they are given back. `copy_rate`: bytes per second
+    that copy-on-write may write to it; None: no limit.
+    """
 
     key: str
     unit: int
     limit: int | None
     on_overflow: str
     areas: list[AreaEntry]
+    wipe: bool = False
+    copy_rate: int | None = None
+    announced: list[AreaEntry] = []
+
+    @property
+    def capacity(self) -> int:
+        """Bytes in all areas, in whole units."""
+        return sum(area.length // self.unit for area in self.areas) * self.unit
 
 
 class ImageEntry(msgspec.Struct, frozen=True):
@@ -114,6 +136,7 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     `members`: the keys of its devices, also before it has images. `storage_key`: its difference storage. `partitions`:
     those of its images are scanned. `ttl`: seconds that it was given to live, `expires`: the unix time when they end.
     `while_pid`: it ends with that process, whose start time is `while_pid_start` (field 22 of /proc/PID/stat).
+    `broken_at`, in unix time, and `broken_why` are what was told when it broke.
     """
 
     id: str
@@ -131,6 +154,8 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     while_pid: int | None = None
     while_pid_start: int | None = None
     gate_writes_us: int = 0
+    broken_at: float | None = None
+    broken_why: str | None = None
 
 
 Entry = TypeVar("Entry", DeviceEntry, StorageEntry, SnapshotEntry)
@@ -203,9 +228,29 @@ class Catalogue:
             self._write("storage", entry.key, entry, self._storages)
 
     def put_snapshot(self, entry: SnapshotEntry) -> None:
-        """Adds or replaces a snapshot. Raises OSError; nothing has changed then."""
+        """Adds or replaces a snapshot. Raises OSError; nothing has changed then.
+
+        When and why it broke stays, also where the caller has read its entry before that.
+        """
         with self._lock:
+            former = self._snapshots.get(entry.id)
+            if former is not None and former.broken_at is not None:
+                kept = {"broken_at": former.broken_at, "broken_why": former.broken_why}
+                entry = msgspec.structs.replace(entry, **kept)
             self._write("snapshot", entry.id, entry, self._snapshots)
+
+    def note_broken(self, key: str, at: float, why: str) -> None:
+        """Remembers, once, that the snapshot of a full id broke; where that cannot be written, until a restart."""
+        with self._lock:
+            entry = self._snapshots.get(key)
+            if entry is None or entry.broken_at is not None:
+                return
+            entry = msgspec.structs.replace(entry, broken_at=at, broken_why=why)
+            try:
+                self._write("snapshot", key, entry, self._snapshots)
+            except OSError as error:
+                _log.error("snapshot %s: cannot be written: %s", key, error)
+                self._snapshots[key] = entry
 
     def remove_device(self, key: str) -> None:
         """Forgets a device."""

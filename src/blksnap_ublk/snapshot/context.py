@@ -69,6 +69,49 @@ class DeviceLocks(KeyedLocks):
         self.devices = threading.Lock()
 
 
+class Growing:
+    """Files of storages that are made longer keep the freezing of file systems waiting for a time, and the other way
+    round. Several files may be made longer at the same time, and several snapshots be taken.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._extending = 0
+        self._freezing = 0
+
+    @contextmanager
+    def extending(self) -> Iterator[None]:
+        """While a file is made longer; begins when nothing is frozen."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._freezing == 0)
+            self._extending += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._extending -= 1
+                self._changed.notify_all()
+
+    def acquire(self, timeout: float) -> bool:
+        """Before freezing: no file begins to be made longer from now on until `release`.
+
+        False, and nothing to release, when one still was being made longer after `timeout` seconds.
+        """
+        with self._changed:
+            self._freezing += 1
+            if self._changed.wait_for(lambda: self._extending == 0, timeout):
+                return True
+            self._freezing -= 1
+            self._changed.notify_all()
+            return False
+
+    def release(self) -> None:
+        """When all is thawed."""
+        with self._changed:
+            self._freezing -= 1
+            self._changed.notify_all()
+
+
 @dataclass
 class _Counted:
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -91,6 +134,10 @@ class Context:
     locks: DeviceLocks = field(default_factory=DeviceLocks)
     storage_locks: KeyedLocks = field(default_factory=KeyedLocks)
     """By storage key while its snapshots come or go, by file while one is opened."""
+    growing: Growing = field(default_factory=Growing)
+    """Files of storages are made longer, or something is frozen, but not both."""
+    reach: dict[str, int] = field(default_factory=dict)
+    """By storage key: the bytes that it can have at most, with what growth may still add."""
     open_storages: set[str] = field(default_factory=set)
     """Keys of the storages whose descriptors this process holds."""
     histories: dict[str, History] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from blksnap_ublk.errors import (
     Busy,
     Failed,
     NotFound,
-    Unsupported,
     UsageError,
     errno_symbol,
     from_os_error,
@@ -30,13 +29,26 @@ from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import destroy, lifetime, map_memory, naming, report, storages, taking
-from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, Served, SnapshotEntry
+from blksnap_ublk.snapshot import (
+    destroy,
+    lifetime,
+    map_memory,
+    naming,
+    overflow,
+    releasing,
+    report,
+    same_device,
+    storages,
+    taking,
+    throttle,
+)
+from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, Served, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.hook_run import HookRun
 from blksnap_ublk.snapshot.lifetime import Lifetime
 from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.state_files import PAGE, image_state_bytes
+from blksnap_ublk.snapshot.storage.beneath import Seat
 from blksnap_ublk.snapshot.undoing import quietly
 
 _AT_ONCE = 8  # ublk devices that are made at the same time
@@ -46,16 +58,18 @@ _MORE_ROOM = "destroy snapshots, or restart the daemon with a larger --state-siz
 
 @dataclass(frozen=True)
 class CreateOptions:
-    """What a user asks for. Raises UsageError, or Unsupported for what is not possible yet.
+    """What a user asks for. Raises UsageError.
 
-    Difference storage is either made of `specs`, with `limit` in bytes, or is that of the snapshot whose full id is
-    `join`. `partitions`: those on the images get nodes too. The snapshot ends by itself after `ttl` seconds, or with
-    the process `while_pid`.
+    Difference storage is either made of `specs`, with `limit` in bytes, what `overflow.parse` reads as `on_overflow`,
+    `wipe` and `copy_rate` in bytes per second, or is that of the snapshot whose full id is `join`. `partitions`: those
+    on the images get nodes too. The snapshot ends by itself after `ttl` seconds, or with the process `while_pid`.
     """
 
     specs: Sequence[Spec] = ()
     limit: int | None = None
-    on_overflow: str = "break"
+    on_overflow: str | None = None
+    wipe: bool = False
+    copy_rate: int | None = None
     freeze: Freeze = Freeze.TRY
     partitions: bool = False
     ttl: float | None = None
@@ -66,12 +80,29 @@ class CreateOptions:
         if self.join is not None and (self.specs or self.limit is not None):
             text = "joins the storage of another snapshot, which is as large as it is"
             raise UsageError(text, subject=f"--storage @{self.join}", advice="leave out --limit and other storage")
+        if self.join is not None and (self.on_overflow is not None or self.wipe or self.copy_rate is not None):
+            text = "joins the storage of another snapshot, which does what it was made to do"
+            raise UsageError(text, subject=f"--storage @{self.join}", advice="leave out what is said of the storage")
         if not self.specs and self.join is None:
             raise UsageError("no difference storage is named", advice="give --storage or --storage-file")
         if self.limit is not None and self.limit <= 0:
             raise UsageError(f"{self.limit} is not a positive number of bytes", subject="--limit")
-        if self.on_overflow != "break":
-            raise Unsupported("not supported yet, only `break` is", subject=f"--on-overflow {self.on_overflow}")
+        if self.on_overflow is not None:
+            overflow.parse(self.on_overflow)
+        if self.copy_rate is not None:
+            throttle.check_copy_rate(self.copy_rate)
+
+    def storage(self, key: str, unit: int) -> StorageEntry:
+        """The storage of its own that is asked for, without areas."""
+        return StorageEntry(
+            key=key,
+            unit=unit,
+            limit=self.limit,
+            on_overflow=self.on_overflow or overflow.Action.BREAK,
+            areas=[],
+            wipe=self.wipe,
+            copy_rate=self.copy_rate,
+        )
 
 
 def create(context: Context, devices: Sequence[DeviceEntry], options: CreateOptions) -> tuple[SnapshotEntry, list[str]]:
@@ -86,12 +117,16 @@ def create(context: Context, devices: Sequence[DeviceEntry], options: CreateOpti
         if device.key in {other.key for other in devices[:n]}:
             raise UsageError("is named twice", subject=naming.block_path(device))
     lasts = lifetime.make(options.ttl, options.while_pid)
+    seats = same_device.seats(context, options.specs)
     with HookRun(context.hooks) as hooks:
-        with context.locks.holding(device.key for device in devices):
+        with context.locks.holding({device.key for device in devices} | _beneath(context, options, seats)):
             members = [_present(context, device) for device in devices]
             unit = _common_unit(members)
+            _refuse_seats(context, seats)
+            for member in members:
+                same_device.refuse_unsettled(context, member)
             try:
-                entry, warnings = _create(context, members, unit, options, lasts, hooks)
+                entry, warnings = _create(context, members, unit, options, lasts, hooks, seats)
             except HistoryError as error:
                 raise Failed(str(error)) from None
             except IoRefused as error:
@@ -99,6 +134,23 @@ def create(context: Context, devices: Sequence[DeviceEntry], options: CreateOpti
             except OSError as error:
                 raise from_os_error(error, advice=_MORE_ROOM if error.errno in _NO_ROOM else None) from None
         return entry, [*warnings, *hooks.warnings()]
+
+
+def _beneath(context: Context, options: CreateOptions, seats: Mapping[str, Seat]) -> set[str]:
+    """The keys of the devices beneath which the storage lies."""
+    found = {seat.device for seat in seats.values()}
+    other = None if options.join is None else context.catalogue.snapshot(options.join)
+    return found if other is None else found | destroy.devices_of(context, other)
+
+
+def _refuse_seats(context: Context, seats: Mapping[str, Seat]) -> None:
+    """Once the devices are locked: each is there, served, and without a snapshot."""
+    for seat in seats.values():
+        device = context.catalogue.device(seat.device)
+        if device is None:
+            raise Failed("has been detached meanwhile", subject=seat.path)
+        _present(context, device)
+    same_device.refuse_held(context, seats.values())
 
 
 def _present(context: Context, device: DeviceEntry) -> DeviceEntry:
@@ -132,6 +184,7 @@ def _create(
     options: CreateOptions,
     lasts: Lifetime,
     hooks: HookRun,
+    seats: Mapping[str, Seat],
 ) -> tuple[SnapshotEntry, list[str]]:
     made = None
     kept = False
@@ -156,9 +209,8 @@ def _create(
             undo.callback(context.catalogue.remove_snapshot, entry.id)
             context.catalogue.put_snapshot(entry)
             needed = sum(member.size for member in members)
-            made = storages.make(
-                context, entry.storage_key, options.specs, limit=options.limit, needed=needed, unit=unit, undo=undo
-            )
+            wanted = options.storage(entry.storage_key, unit)
+            made = storages.make(context, wanted, options.specs, needed=needed, undo=undo, seats=seats)
 
         def keep() -> None:
             """Nothing is undone from here on: what is there is destroyed, here or by `reconcile`."""
@@ -215,7 +267,7 @@ def _joined(context: Context, entry: SnapshotEntry, other_id: str, unit: int, un
         if storage.unit != unit:
             text = f"its unit is {storage.unit} bytes, and that of the devices {unit}"
             raise UsageError(text, subject=subject, advice="name storage of its own")
-        undo.callback(quietly, storages.leave, context, entry)
+        undo.callback(quietly, releasing.leave, context, entry)
         context.catalogue.put_snapshot(entry)
     return entry
 
@@ -224,7 +276,8 @@ def _prepare(context: Context, entry: SnapshotEntry, members: Sequence[DeviceEnt
     """Reserves all that the instant and the time after it need, so that nothing can be lacking then."""
     undo.callback(context.state.remove, naming.commit_name(entry.id))
     os.close(context.state.create(naming.commit_name(entry.id), PAGE))
-    map_memory.ensure(context, at_least_one=True)
+    exempted = sum(same_device.map_bytes(same_device.exempt_ranges(context, member.key)) for member in members)
+    map_memory.ensure(context, at_least_one=True, needed=exempted)
     serials = context.catalogue.take_serials(len(members))
     disks = _add_disks(context, members, undo, partitions=entry.partitions)
     images = [
@@ -271,6 +324,7 @@ def _open_image(context: Context, entry: SnapshotEntry, image: ImageEntry, undo:
     finally:
         os.close(state)
     undo.callback(quietly, context.io.end, messages.Drop(image.key))
+    same_device.exempt(context, image)
     history = context.histories[image.device]
     undo.callback(quietly, history.abort)
     history.prepare()

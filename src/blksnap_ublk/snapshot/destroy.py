@@ -13,7 +13,7 @@ import msgspec
 from blksnap_ublk.cbt import HistoryError
 from blksnap_ublk.errors import BlksnapError, Failed, NotFound, from_os_error
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import disks, naming, storages, taking
+from blksnap_ublk.snapshot import disks, naming, releasing, same_device, taking
 from blksnap_ublk.snapshot.catalogue import ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 
@@ -29,13 +29,15 @@ def destroy(context: Context, snapshot: SnapshotEntry, *, force: bool) -> list[s
     Raises Busy naming who has an image open, or when a dead io process may still write to the storage; NotFound when it
     is gone meanwhile, Failed; a snapshot whose removal has begun is removed by the next attempt, or the next start.
     """
-    with context.locks.holding(devices_of(snapshot)):
+    with context.locks.holding(devices_of(context, snapshot)):
         return destroy_locked(context, snapshot, force=force)
 
 
-def devices_of(snapshot: SnapshotEntry) -> set[str]:
-    """The keys of the devices whose locks an operation on it needs."""
-    return {*snapshot.members, *(image.device for image in snapshot.images)}
+def devices_of(context: Context, snapshot: SnapshotEntry) -> set[str]:
+    """The keys of the devices whose locks an operation on it needs: its own, and those beneath which its storage is."""
+    beneath = same_device.devices_beneath(context.catalogue.storage(snapshot.storage_key))
+    known = {key for key in beneath if context.catalogue.device(key) is not None}
+    return {*snapshot.members, *(image.device for image in snapshot.images), *known}
 
 
 def destroy_locked(
@@ -47,7 +49,7 @@ def destroy_locked(
         raise NotFound("no such snapshot", subject=snapshot.id)
     warnings = _users(context, entry, force=force)
     if entry.lost is not None:
-        storages.refuse_late_writes(context, entry.id)
+        releasing.refuse_late_writes(context, f"snapshot {entry.id}")
     was_told_of = entry.phase is not Phase.CREATING
     entry = msgspec.structs.replace(entry, phase=Phase.DESTROYING)
     context.catalogue.put_snapshot(entry)
@@ -64,7 +66,7 @@ def destroy_locked(
         raise from_os_error(error, subject=f"snapshot {entry.id}") from None
     for image in entry.images:
         context.state.remove(naming.image_state_name(image))
-    warnings += storages.leave(context, entry)
+    warnings += releasing.leave(context, entry)
     context.state.remove(naming.commit_name(entry.id))
     with suppress(OSError):
         context.disks.links.snapshot_gone(entry.id)

@@ -13,7 +13,7 @@ from blksnap_ublk.errors import BlksnapError, Busy, NotFound, from_os_error
 from blksnap_ublk.host import pagecache
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import destroy, disks, naming
+from blksnap_ublk.snapshot import destroy, disks, naming, same_device
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
@@ -28,7 +28,7 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
     Raises Busy naming who holds it, unless `force`, and when requests of a dead io process are under way; Failed when
     what is cached cannot be written to the origin; then the device goes on.
     """
-    with _holding_with_snapshots(context, device.key) as held:
+    with _holding_with_snapshots(context, device.key) as (held, stored):
         entry = context.catalogue.device(device.key)
         if entry is None or entry.served is None:
             raise NotFound("has been detached meanwhile", subject=device.origin)
@@ -37,31 +37,57 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
             named = ", ".join(snapshot.id for snapshot in held)
             advice = f"destroy {'it' if len(held) == 1 else 'them'} first, or use --force"
             raise Busy(f"in use by snapshot {named}", subject=path, errno="EBUSY", advice=advice)
+        if stored and not force:
+            named = ", ".join(snapshot.id for snapshot in stored)
+            advice = f"destroy {'it' if len(stored) == 1 else 'them'} first, or use --force"
+            raise Busy(f"holds the difference storage of snapshot {named}", subject=path, errno="EBUSY", advice=advice)
         _refuse_late_writes(context, entry)
         users = disks.users(entry.served.ublk_id) if context.disks.state_of(entry.served) is not None else []
         if users and not force:
             disks.refuse_used(entry.served.ublk_id)
         warnings = [f"{path}: {user} gets errors from now on" for user in users]
-        for snapshot in held:
-            warnings += destroy.destroy_locked(context, snapshot, force=True)
-            warnings.append(f"{path}: its snapshot {snapshot.id} was destroyed{_with_others(snapshot, entry)}")
+        with _going(context, entry):
+            for snapshot in (*held, *stored):
+                warnings += destroy.destroy_locked(context, snapshot, force=True)
+                whose = "its snapshot" if snapshot in held else "the difference storage on it, with its snapshot"
+                warnings.append(f"{path}: {whose} {snapshot.id} was destroyed{_with_others(snapshot, entry)}")
         _write_back_and_stop(context, entry, force=force)
         warnings += take_apart(context, entry, in_use=force)
     context.emit("detached", device=path, origin=entry.origin, name=entry.name)
-    return [snapshot.id for snapshot in held], warnings
+    return [snapshot.id for snapshot in (*held, *stored)], warnings
 
 
 @contextmanager
-def _holding_with_snapshots(context: Context, key: str) -> Iterator[list[SnapshotEntry]]:
-    """Holds the locks of a device and of all that share a snapshot with it; gives these snapshots, oldest first."""
+def _holding_with_snapshots(context: Context, key: str) -> Iterator[tuple[list[SnapshotEntry], list[SnapshotEntry]]]:
+    """Holds the locks of a device and of all that share a snapshot, or storage beneath them, with it.
+
+    Gives the snapshots of the device, and those of others whose storage lies beneath it, oldest first.
+    """
     while True:
-        held = naming.snapshots_of(context.catalogue, key)
-        keys = {key}.union(*map(destroy.devices_of, held))
+        keys = {key}.union(*(destroy.devices_of(context, each) for each in _involved(context, key)))
         with context.locks.holding(keys):
-            held = naming.snapshots_of(context.catalogue, key)
-            if all(destroy.devices_of(snapshot) <= keys for snapshot in held):
-                yield held
+            involved = _involved(context, key)
+            if all(destroy.devices_of(context, each) <= keys for each in involved):
+                held = naming.snapshots_of(context.catalogue, key)
+                yield held, [each for each in involved if each not in held]
                 return
+
+
+def _involved(context: Context, key: str) -> list[SnapshotEntry]:
+    found = [*naming.snapshots_of(context.catalogue, key), *same_device.snapshots_on(context, key)]
+    return list({entry.id: entry for entry in found}.values())
+
+
+@contextmanager
+def _going(context: Context, entry: DeviceEntry) -> Iterator[None]:
+    """A device that is not served cannot count as changed what its storage leaves behind; once it goes it need not."""
+    if entry.key in context.conditions:
+        context.catalogue.put_device(msgspec.structs.replace(entry, phase=Phase.DESTROYING))
+    try:
+        yield
+    except BaseException:
+        context.catalogue.put_device(entry)
+        raise
 
 
 def _with_others(snapshot: SnapshotEntry, entry: DeviceEntry) -> str:

@@ -14,7 +14,7 @@ from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import storages
+from blksnap_ublk.snapshot import releasing
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
@@ -124,7 +124,7 @@ def _release_storages(context: Context, found: Collection[StorageEntry]) -> None
                 continue
             _log.error("storage %s belongs to no snapshot that is known: released", storage.key)
             try:
-                for warning in storages.release(context, storage):
+                for warning in releasing.release(context, storage):
                     _log.warning("%s", warning)
             except (OSError, BlksnapError) as error:
                 _log.error("storage %s: %s", storage.key, error)

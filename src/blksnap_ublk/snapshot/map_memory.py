@@ -20,17 +20,18 @@ _PREFIX = "map-"
 _giving = threading.Lock()
 
 
-def ensure(context: Context, *, at_least_one: bool = False) -> bool:
+def ensure(context: Context, *, at_least_one: bool = False, needed: int = 0) -> bool:
     """Gives the io process map memory until `AHEAD` bytes are free; False when the state directory has no room for it.
 
-    With `at_least_one` a lack is an error as long as there is no portion at all. Raises Failed, IoRefused, OSError.
+    With `at_least_one` a lack is an error as long as there is no portion at all. `needed`: bytes that are used at once,
+    and whose lack is an error too. Raises Failed, IoRefused, OSError.
     """
     with _giving:
         inventory = context.io.inventory()
-        missing = -(-(AHEAD - inventory.map_memory_free) // PORTION_BYTES)
+        missing = -(-(AHEAD + needed - inventory.map_memory_free) // PORTION_BYTES)
         for _ in range(max(missing, 0)):
             if not _room(context):
-                if at_least_one and inventory.map_memory_free < PORTION_BYTES // 4:
+                if at_least_one and inventory.map_memory_free < PORTION_BYTES // 4 + needed:
                     text = f"no room for map memory ({PORTION_BYTES} bytes) in {context.state.directory}"
                     advice = "destroy snapshots, or restart the daemon with more --state-size"
                     raise Failed(text, errno="ENOSPC", advice=advice)

@@ -39,6 +39,21 @@ def commit_name(snapshot_id: str) -> str:
     return f"commit-{snapshot_id}"
 
 
+def storage_state_name(key: str) -> str:
+    """The state file of a storage."""
+    return f"storage-{key}"
+
+
+def records_name(key: str, n: int | None) -> str:
+    """The records file of area `n` of a storage; with None what the names of all begin with."""
+    return f"records-{key}." + ("" if n is None else str(n))
+
+
+def storage_descriptor_name(key: str, n: int | None) -> str:
+    """The same for what the keeper holds."""
+    return f"storage:{key}:" + ("" if n is None else str(n))
+
+
 def served_devices(catalogue: Catalogue) -> list[DeviceEntry]:
     """The devices that users can name, by id."""
     found = [entry for entry in catalogue.devices() if entry.phase is not Phase.CREATING and entry.served is not None]

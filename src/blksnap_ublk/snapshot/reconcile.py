@@ -7,8 +7,10 @@ is served again, by the io process that is there now, with the same change map; 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -19,7 +21,18 @@ from blksnap_ublk.errors import BlksnapError, Failed, from_os_error
 from blksnap_ublk.forms import DeviceState
 from blksnap_ublk.host import claim
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import attach, destroy, detach, leftovers, naming, storages, taking
+from blksnap_ublk.snapshot import (
+    adopting,
+    attach,
+    destroy,
+    detach,
+    leftovers,
+    naming,
+    releasing,
+    same_device,
+    storages,
+    taking,
+)
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState as KernelState
@@ -41,11 +54,7 @@ def reconcile(context: Context) -> None:
         _guarded("rebuilding the catalogue", leftovers.rebuild_devices, context, inventory, keys)
         keys |= {entry.key for entry in context.catalogue.devices()} & {report.device for report in inventory.devices}
         devices = [entry for entry in context.catalogue.devices() if entry.key in keys]
-        snapshots = [
-            entry
-            for entry in context.catalogue.snapshots()
-            if keys.issuperset(entry.members) and all(image.device in keys for image in entry.images)
-        ]
+        snapshots = [entry for entry in context.catalogue.snapshots() if destroy.devices_of(context, entry) <= keys]
         for device in devices:
             _guarded(device.origin, _open_history, context, device)
         for snapshot in snapshots:
@@ -80,14 +89,15 @@ def try_again(context: Context) -> None:
             snapshot.phase is Phase.ACTIVE and not any(each.served for each in snapshot.images)
         ):
             continue
-        with context.locks.holding(destroy.devices_of(snapshot)), suppress(BlksnapError):
+        with context.locks.holding(destroy.devices_of(context, snapshot)), suppress(BlksnapError):
             entry = context.catalogue.snapshot(snapshot.id)
             if entry is not None and _end_images(context, entry) and entry.phase is not Phase.ACTIVE:
                 destroy.destroy_locked(context, entry, force=True)
     for snapshot in context.catalogue.snapshots():
         if snapshot.id not in context.unsettled:
             continue
-        with context.locks.holding(destroy.devices_of(snapshot)), suppress(BlksnapError, HistoryError, OSError):
+        devices = destroy.devices_of(context, snapshot)
+        with context.locks.holding(devices), suppress(BlksnapError, HistoryError, OSError):
             if snapshot.id in context.unsettled:  # not destroyed meanwhile
                 _settle(context, snapshot)
                 _restore_snapshot(context, snapshot, context.io.inventory())
@@ -186,6 +196,9 @@ def _recover(context: Context, device: DeviceEntry, *, known: bool, patience: fl
     finally:
         os.close(origin)
     try:
+        # Its file system may have got blocks back that were storage; what is written to them now must come last.
+        if same_device.storages_beneath(context, device.key) and not releasing.late_writes_end(context, patience):
+            raise TimeoutError(errno.ETIMEDOUT, "writes to storage beneath it have not ended")
         context.disks.begin_recovery(served.ublk_id, patience)
         context.io.call(attach.serve_message(device.key, served))
         context.disks.end_recovery(served.ublk_id, context.io.pid)
@@ -227,11 +240,11 @@ def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: mess
         return
     known = {report.image for report in inventory.images if report.taken and report.serving}
     if all(image.key in known for image in snapshot.images):
-        storages.adopt(context, storages.of(context, snapshot))
+        adopting.adopt(context, storages.of(context, snapshot))
         context.state.remove(naming.commit_name(snapshot.id))
         return
     if snapshot.lost is None:
-        snapshot = msgspec.structs.replace(snapshot, lost=_DIED)
+        snapshot = msgspec.structs.replace(snapshot, lost=_DIED, broken_at=time.time(), broken_why=_DIED)
         context.catalogue.put_snapshot(snapshot)
         context.emit("corrupted", snapshot=snapshot.id, device=naming.only_device(snapshot), error=snapshot.lost)
     _end_images(context, snapshot)

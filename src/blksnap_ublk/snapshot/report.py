@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from blksnap_ublk import forms
 from blksnap_ublk.forms import DataPath, DeviceState, SnapshotState
-from blksnap_ublk.snapshot import naming, storages
-from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, SnapshotEntry
+from blksnap_ublk.snapshot import naming, overflow, storages
+from blksnap_ublk.snapshot.catalogue import AreaEntry, DeviceEntry, ImageEntry, Phase, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.naming import cursor, image_state_name
 from blksnap_ublk.snapshot.role import Role
@@ -52,11 +52,12 @@ def snapshot_form(context: Context, entry: SnapshotEntry, forecast: Forecast = l
         created=entry.created,
         state=state,
         error=error,
+        lost_at=None if entry.broken_at is None else forms.timestamp(entry.broken_at),
         frozen=entry.frozen,
         gate_us=entry.gate_us,
         gate_writes_us=entry.gate_writes_us,
         images=[_image_form(context, entry, image, found) for image, found in zip(entry.images, states, strict=True)],
-        storage=_storage_form(context, entry, forecast),
+        storage=storage_form(context, storages.of(context, entry), forecast),
         expires=None if entry.expires is None else forms.timestamp(entry.expires),
         ttl=entry.ttl,
         while_pid=entry.while_pid,
@@ -76,7 +77,7 @@ def condition(context: Context, entry: SnapshotEntry) -> tuple[SnapshotState, st
         found = context.state.image_state(image_state_name(image))
         status = ImageStatus.CORRUPTED if found is None else found.status
         if status is not ImageStatus.ACTIVE:
-            return _STATES[status], _reason(context, entry, image, found)
+            return _STATES[status], entry.broken_why or _reason(context, entry, image, found)
     return SnapshotState.ACTIVE, None
 
 
@@ -86,6 +87,13 @@ _STATES = {
     ImageStatus.OVERFLOWN: SnapshotState.OVERFLOWN,
     ImageStatus.CORRUPTED: SnapshotState.CORRUPTED,
     ImageStatus.GONE: SnapshotState.CORRUPTED,
+}
+
+
+_STORAGE_AT_FAULT = {
+    errno.EBADMSG: "difference storage returned other data than was written to it; check the device it is on",
+    errno.ESTALE: "difference storage was truncated, punched or moved by somebody else; `events` names the file",
+    errno.ENODEV: "a device that holds difference storage is gone; `events` names it",
 }
 
 
@@ -101,9 +109,12 @@ def _image_state(context: Context, entry: SnapshotEntry, image: ImageEntry) -> I
 def _reason(context: Context, entry: SnapshotEntry, image: ImageEntry, found: ImageState | None) -> str:
     if found is None:
         return f"the state of the image of {image.origin} cannot be read"
-    if found.error == errno.ENOSPC:
-        _, capacity = storages.used_bytes(context, storages.of(context, entry))
-        return f"difference storage is full ({_size(capacity)})"
+    if found.status is ImageStatus.OVERFLOWN:
+        storage = storages.of(context, entry)
+        _, capacity = storages.used_bytes(context, storage)
+        return overflow.explain(storage.on_overflow, capacity, storage.limit)
+    if found.error in _STORAGE_AT_FAULT:
+        return f"{_STORAGE_AT_FAULT[found.error]} ({errno.errorcode[found.error]})"
     if found.error == errno.ENOMEM:
         return "map memory is used up (ENOMEM)"
     if found.error in (errno.ETIMEDOUT, errno.ETIME):
@@ -129,31 +140,49 @@ def _image_form(context: Context, entry: SnapshotEntry, image: ImageEntry, state
     )
 
 
-def _storage_form(context: Context, entry: SnapshotEntry, forecast: Forecast) -> forms.Storage:
-    storage = storages.of(context, entry)
+def storage_form(context: Context, storage: StorageEntry, forecast: Forecast = lambda *_: None) -> forms.Storage:
+    """A difference storage. A file grows in portions: areas that follow one another in it are shown as one."""
     used, capacity = storages.used_bytes(context, storage)
+    state = context.state.storage_state(naming.storage_state_name(storage.key))
     return forms.Storage(
         used=sum(used),
         capacity=capacity,
         limit=storage.limit,
         on_overflow=storage.on_overflow,
-        areas=[
-            forms.Area(path=area.path, start=area.offset // 512, count=area.length // 512, used=bytes_used)
-            for area, bytes_used in zip(storage.areas, used, strict=True)
-        ],
-        forecast_seconds=forecast(storage.key, sum(used), capacity),
+        areas=_areas(storage.areas, used),
+        forecast_seconds=forecast(storage.key, sum(used), context.reach.get(storage.key, capacity)),
         snapshots=[each.id for each in naming.held_snapshots(context.catalogue) if each.storage_key == storage.key],
+        wipe=storage.wipe,
+        copy_rate=storage.copy_rate,
+        waiting=0 if state is None else state.waiting,
+        growing=storages.grows(storage),
     )
+
+
+def _areas(areas: Sequence[AreaEntry], used: Sequence[int]) -> list[forms.Area]:
+    """`used`: bytes of each."""
+    found: list[forms.Area] = []
+    ends: dict[tuple[str, tuple[int, int], int], int] = {}
+    for area, bytes_used in zip(areas, used, strict=True):
+        if not area.length:
+            continue
+        file = (area.path, area.filesystem, area.inode)
+        shown = forms.Area(path=area.path, start=area.offset // 512, count=area.length // 512, used=bytes_used)
+        last = ends.get(file)
+        if last is not None and found[last].start + found[last].count == shown.start:
+            former = found[last]
+            found[last] = forms.Area(
+                path=former.path,
+                start=former.start,
+                count=former.count + shown.count,
+                used=former.used + shown.used,
+            )
+            continue
+        ends[file] = len(found)
+        found.append(shown)
+    return found
 
 
 def _link(role: Role) -> str | None:
     path = f"/dev/{role.link}"
     return path if os.path.islink(path) else None
-
-
-def _size(count: int) -> str:
-    for unit in ("", "KiB", "MiB", "GiB"):
-        if count < 1024 or count % 1024:
-            return f"{count} {unit or 'bytes'}"
-        count //= 1024
-    return f"{count} TiB"

@@ -3,31 +3,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
-from blksnap_ublk.errors import BlksnapError, Busy, Failed
+import msgspec
+
+from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.keeper.ring_locks import RingLocks
-from blksnap_ublk.snapshot import host_view, naming
+from blksnap_ublk.snapshot import host_view, naming, overflow, same_device
 from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.state_files import PAGE, records_bytes, storage_state_bytes
-from blksnap_ublk.snapshot.storage import AreaKind, Identity, OpenArea, OpenAreas, UsedRange, open_storage
+from blksnap_ublk.snapshot.storage import AreaKind, Identity, OpenAreas, UsedRange, open_storage
+from blksnap_ublk.snapshot.storage.behaviour import Facts, decide
+from blksnap_ublk.snapshot.storage.beneath import Seat
 from blksnap_ublk.snapshot.storage.files import write_ahead
 from blksnap_ublk.snapshot.undoing import quietly
 
 WRITE_AHEAD = 128 << 20
 """Bytes of a storage that are written with zeroes before it is used, where its files have never been written."""
 
-_LATE_WRITES_LIMIT = 1.0  # seconds for the storage to end what a dead io process has sent it
+_UNLIMITED = 1 << 62
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,28 @@ class NewStorage:
 
 
 def make(
-    context: Context, key: str, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int, undo: ExitStack
+    context: Context,
+    wanted: StorageEntry,
+    specs: Sequence[Spec],
+    *,
+    needed: int,
+    undo: ExitStack,
+    seats: Mapping[str, Seat] = MappingProxyType({}),
 ) -> NewStorage:
-    """Opens what the user named and makes it known to the keeper and the io process. All sizes in bytes.
+    """Opens what the user named and makes it known to the keeper and the io process. `needed` in bytes.
 
-    The caller ends with `hold`. Raises BlksnapError, IoRefused, OSError; `undo` then takes everything back.
+    `wanted` is what is known of it so far: all but its areas. `seats`: those paths that lie on filtered devices, whose
+    locks the caller holds. The caller ends with `hold`. Raises BlksnapError, IoRefused, OSError; `undo` then takes
+    everything back.
     """
-    with context.storage_locks.holding(_files_of(specs)):
-        former = _former_sizes(specs)
-        undo.callback(context.catalogue.remove_storage, key)
-        context.catalogue.put_storage(_announced(key, specs, former, unit=unit, limit=limit))
-        opened = _open(context, specs, limit=limit, needed=needed, unit=unit)
+    with context.storage_locks.holding(files_of(specs)):
+        former = former_sizes(specs)
+        undo.callback(context.catalogue.remove_storage, wanted.key)
+        context.catalogue.put_storage(msgspec.structs.replace(wanted, announced=announced(specs, former, seats)))
+        opened = open_areas(context, specs, limit=wanted.limit, needed=needed, unit=wanted.unit, seats=seats)
         undo.callback(opened.undo)
-        areas = [_area_entry(_descriptor_name(key, n), area, former) for n, area in enumerate(opened.areas)]
-        entry = StorageEntry(key=key, unit=unit, limit=limit, on_overflow="break", areas=areas)
+        areas = area_entries(wanted.key, 0, specs, opened, former)
+        entry = msgspec.structs.replace(wanted, areas=areas)
         context.catalogue.put_storage(entry)
     _give(context, entry, opened, undo)
     return NewStorage(entry, opened)
@@ -66,56 +79,6 @@ def hold(context: Context, made: NewStorage) -> None:
     made.opened.close()
 
 
-def adopt(context: Context, storage: StorageEntry) -> None:
-    """After a restart of this process: takes the descriptors back from the keeper. Raises Failed."""
-    if storage.key in context.open_storages:
-        return
-    with ExitStack() as undo:
-        for area in storage.areas:
-            try:
-                descriptor = context.keeper.get(area.descriptor)
-            except OSError as error:
-                raise Failed("the storage is no longer held", subject=area.path, errno="ENOENT") from error
-            identity = _identity(area)
-            context.registry.adopt(identity, descriptor)
-            undo.callback(context.registry.release, identity)
-        undo.pop_all()
-    context.open_storages.add(storage.key)
-
-
-def leave(context: Context, snapshot: SnapshotEntry) -> list[str]:
-    """Takes a snapshot, whose images the io process has dropped, out of the catalogue, and with the last one of its
-    storage the storage: its files are closed, and cut back where they were made longer for it.
-
-    Returns what could not be done, in words. Raises Failed; it may be called again then.
-    """
-    key = snapshot.storage_key
-    with context.storage_locks.holding([key]):
-        warnings = []
-        if all(other.id == snapshot.id for other in naming.snapshots_in(context.catalogue, key)):
-            warnings = release(context, of(context, snapshot))
-        context.catalogue.remove_snapshot(snapshot.id)
-    return warnings
-
-
-def release(context: Context, storage: StorageEntry) -> list[str]:
-    """Ends a storage that no snapshot uses, for a caller that holds its lock; as `leave`."""
-    _drop(context, storage)
-    warnings = []
-    held = storage.key in context.open_storages
-    context.open_storages.discard(storage.key)
-    for area in storage.areas:
-        if held:
-            context.registry.release(_identity(area))
-        if area.former_size is not None:
-            try:
-                _restore(area)
-            except OSError as error:
-                warnings.append(f"{area.path}: could not be cut back to its former size: {error.strerror}")
-    context.catalogue.remove_storage(storage.key)
-    return warnings
-
-
 def of(context: Context, snapshot: SnapshotEntry) -> StorageEntry:
     """The storage of a snapshot; one without areas where its entry was damaged."""
     found = context.catalogue.storage(snapshot.storage_key)
@@ -125,36 +88,24 @@ def of(context: Context, snapshot: SnapshotEntry) -> StorageEntry:
     return StorageEntry(key=snapshot.storage_key, unit=unit, limit=None, on_overflow="break", areas=[])
 
 
-def refuse_late_writes(context: Context, snapshot: str) -> None:
-    """For a storage of an io process that has died: its space must not be given back before its last write has ended.
-
-    Waits a moment for that, then raises Busy.
-    """
-    locks = RingLocks(context.state.directory)
-    end = time.monotonic() + _LATE_WRITES_LIMIT
-    while True:
-        held = locks.held()
-        if held <= {max(held, default=0)}:  # the youngest is that of the io process of now
-            return
-        if time.monotonic() > end:
-            text = "its storage does not answer: writes of the io process that died are still under way"
-            raise Busy(text, subject=f"snapshot {snapshot}", errno="EBUSY", advice="try again when they have ended")
-        time.sleep(0.05)
-
-
 def used_bytes(context: Context, storage: StorageEntry) -> tuple[list[int], int]:
     """Bytes used in each area, and the capacity of all, as the io process last wrote them."""
-    state = context.state.storage_state(_state_name(storage.key))
+    state = context.state.storage_state(naming.storage_state_name(storage.key))
     places = state.areas if state is not None else ()
     used = [count * storage.unit for count in places[: len(storage.areas)]]
     used += [0] * (len(storage.areas) - len(used))
-    return used, sum(area.length // storage.unit for area in storage.areas) * storage.unit
+    return used, storage.capacity
+
+
+def grows(storage: StorageEntry) -> bool:
+    """Whether it has files that are made longer when it fills, and its limit is not reached."""
+    return any(area.grows for area in storage.areas) and (storage.limit is None or storage.capacity < storage.limit)
 
 
 def used_ranges(context: Context) -> list[UsedRange]:
     """What all difference storages hold."""
     return [
-        UsedRange(_identity(area), area.offset, area.length)
+        UsedRange(identity(area), area.offset, area.length)
         for storage in context.catalogue.storages()
         for area in storage.areas
         if area.length
@@ -162,16 +113,16 @@ def used_ranges(context: Context) -> list[UsedRange]:
 
 
 def file_systems(context: Context) -> set[DeviceNumber]:
-    """The device numbers (st_dev) of the file systems that hold difference storage."""
+    """The device numbers (st_dev) of the file systems that difference storage is written through."""
     return {
         DeviceNumber(*area.filesystem)
         for storage in context.catalogue.storages()
         for area in storage.areas
-        if area.inode
+        if area.inode and area.beneath is None
     }
 
 
-def _files_of(specs: Sequence[Spec]) -> set[str]:
+def files_of(specs: Sequence[Spec]) -> set[str]:
     """What must not be opened by two at once: the names of locks."""
     found = set()
     for spec in specs:
@@ -188,7 +139,15 @@ def _files_of(specs: Sequence[Spec]) -> set[str]:
     return found
 
 
-def _open(context: Context, specs: Sequence[Spec], *, limit: int | None, needed: int, unit: int) -> OpenAreas:
+def open_areas(
+    context: Context,
+    specs: Sequence[Spec],
+    *,
+    limit: int | None,
+    needed: int,
+    unit: int,
+    seats: Mapping[str, Seat] = MappingProxyType({}),
+) -> OpenAreas:
     try:
         return open_storage(
             [replace(spec, path=host_view.find(spec.path)) for spec in specs],
@@ -198,12 +157,14 @@ def _open(context: Context, specs: Sequence[Spec], *, limit: int | None, needed:
             limit=limit,
             needed=needed,
             unit=unit,
+            seats={host_view.find(path): seat for path, seat in seats.items()},
+            given_up=context.io.lost,
         )
     except BlksnapError as error:
         raise type(error)(host_view.name(error.message)) from None
 
 
-def _former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
+def former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
     """The sizes of the files that are named; -1 for one that does not exist yet."""
     found = {}
     for spec in specs:
@@ -214,10 +175,10 @@ def _former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
     return found
 
 
-def _announced(
-    key: str, specs: Sequence[Spec], former: dict[str, int], *, unit: int, limit: int | None
-) -> StorageEntry:
-    """The catalogue's entry before anything is opened: all that it says is which files may be made longer.
+def announced(
+    specs: Sequence[Spec], former: dict[str, int], seats: Mapping[str, Seat] = MappingProxyType({})
+) -> list[AreaEntry]:
+    """What the catalogue says before anything is opened: which files may be made longer.
 
     So they are cut back should this process die before there is more to say.
     """
@@ -228,79 +189,128 @@ def _announced(
             if stat.S_ISREG(status.st_mode):
                 device = DeviceNumber.of(status.st_dev)
                 number = (device.major, device.minor)
-                areas.append(AreaEntry(path, "", number, status.st_ino, 0, 0, former_size=former[path]))
-    return StorageEntry(key=key, unit=unit, limit=limit, on_overflow="break", areas=areas)
+                beneath = seats[path].device if path in seats else None
+                areas.append(
+                    AreaEntry(path, "", number, status.st_ino, 0, 0, former_size=former[path], beneath=beneath)
+                )
+    return areas
 
 
-def _give(context: Context, storage: StorageEntry, opened: OpenAreas, undo: ExitStack) -> None:
-    """Puts the descriptors with the keeper and makes the storage known to the io process."""
-    undo.callback(quietly, _drop, context, storage)
+def write_areas_ahead(opened: OpenAreas) -> None:
+    """The first bytes of new areas. Raises OSError."""
     ahead = WRITE_AHEAD
-    for entry, area in zip(storage.areas, opened.areas, strict=True):
-        context.keeper.put(entry.descriptor, area.fd)
+    for area in opened.areas:
         if not area.written:
             length = min(area.length, ahead) // area.alignment * area.alignment
             write_ahead(area.fd, area.start_byte, length)
             ahead -= length
-    state = context.state.create(_state_name(storage.key), storage_state_bytes())
+
+
+def _give(context: Context, storage: StorageEntry, opened: OpenAreas, undo: ExitStack) -> None:
+    """Puts the descriptors with the keeper and makes the storage known to the io process."""
+    undo.callback(quietly, drop, context, storage)
+    held = {entry.descriptor: area.fd for entry, area in zip(storage.areas, opened.areas, strict=True)}
+    for name, descriptor in held.items():
+        context.keeper.put(name, descriptor)
+    opened.keep()
+    same_device.mark(context, storage.areas)
+    write_areas_ahead(opened)
+    state = context.state.create(naming.storage_state_name(storage.key), storage_state_bytes())
     try:
         context.io.call(messages.OpenStorage(storage.key, storage.unit), [state])
     finally:
         os.close(state)
     for n, area in enumerate(opened.areas):
-        records = context.state.create(_records_name(storage.key, n), records_bytes(area.length, storage.unit))
+        records = make_records(context, storage, n)
         try:
-            message = messages.AddArea(storage.key, area.start_byte, area.length)
-            context.io.call(message, [area.fd, records])
+            give_area(context, storage, n, area.fd, records)
         finally:
             os.close(records)
+    room = (_UNLIMITED if storage.limit is None else storage.limit - storage.capacity) if grows(storage) else 0
+    policy = overflow.parse(storage.on_overflow)
+    decision = decide(Facts(unit=storage.unit, capacity=storage.capacity, used=0, room=room, on_overflow=policy))
+    rate = storage.copy_rate or 0
+    context.io.call(messages.SetStorage(storage.key, wait_ms=decision.wait_ms, low=decision.low, rate=rate))
 
 
-def _drop(context: Context, storage: StorageEntry) -> None:
+def make_records(context: Context, storage: StorageEntry, n: int) -> int:
+    """A descriptor of the records file of area `n`. Raises Failed where there is no room for it."""
+    return context.state.create(
+        naming.records_name(storage.key, n), records_bytes(storage.areas[n].length, storage.unit)
+    )
+
+
+def give_area(context: Context, storage: StorageEntry, n: int, descriptor: int, records: int) -> None:
+    """Makes area `n` of a storage known to the io process; `descriptor` is that of its file.
+
+    Raises IoRefused, OSError, and Failed when the io process has gone.
+    """
+    area = storage.areas[n]
+    if area.beneath is None:
+        context.io.call(messages.AddArea(storage.key, area.offset, area.length), [descriptor, records])
+        return
+    assert area.physical is not None
+    origin = context.keeper.get(f"origin:{area.beneath}")
+    try:
+        message = messages.AddArea(storage.key, area.physical, area.length, area.beneath)
+        context.io.call(message, [origin, records])
+    finally:
+        os.close(origin)
+
+
+def drop(context: Context, storage: StorageEntry) -> None:
     """Takes a storage from the io process and the keeper, and removes its state files; repeatable. Raises Failed."""
     context.io.end(messages.CloseStorage(storage.key))
-    context.state.remove(_state_name(storage.key))
-    prefix = _records_name(storage.key, None)
+    forget(context, storage)
+
+
+def forget(context: Context, storage: StorageEntry) -> None:
+    """Removes what the keeper and the state directory have of a storage that the io process does not know any more."""
+    context.state.remove(naming.storage_state_name(storage.key))
+    prefix = naming.records_name(storage.key, None)
     for name in context.state.names():
         if name.startswith(prefix):
             context.state.remove(name)
     with suppress(OSError):
         for name in context.keeper.names():
-            if name.startswith(_descriptor_name(storage.key, None)):
+            if name.startswith(naming.storage_descriptor_name(storage.key, None)):
                 context.keeper.drop(name)
 
 
-def _state_name(key: str) -> str:
-    return f"storage-{key}"
-
-
-def _records_name(key: str, n: int | None) -> str:
-    """Of area `n`; with None what the names of all begin with."""
-    return f"records-{key}." + ("" if n is None else str(n))
-
-
-def _descriptor_name(key: str, n: int | None) -> str:
-    """The same for what the keeper holds."""
-    return f"storage:{key}:" + ("" if n is None else str(n))
-
-
-def _identity(area: AreaEntry) -> Identity:
+def identity(area: AreaEntry) -> Identity:
     return Identity(DeviceNumber(*area.filesystem), area.inode)
 
 
-def _area_entry(descriptor: str, area: OpenArea, former: dict[str, int]) -> AreaEntry:
-    path = host_view.name(area.path)
-    before = former.get(path)
-    changed = area.kind is AreaKind.FILE and before is not None and os.fstat(area.fd).st_size > before
-    return AreaEntry(
-        path=path,
-        descriptor=descriptor,
-        filesystem=(area.identity.device.major, area.identity.device.minor),
-        inode=area.identity.inode,
-        offset=area.start_byte,
-        length=area.length,
-        former_size=before if changed else None,
-    )
+def area_entries(
+    key: str, first: int, specs: Sequence[Spec], opened: OpenAreas, former: dict[str, int]
+) -> list[AreaEntry]:
+    """What the catalogue says of opened areas, of which the first is number `first` of the storage."""
+    wholes = {spec.path for spec in specs if spec.ranges is None}
+    found = []
+    names: dict[Identity, str] = {}
+    for n, area in enumerate(opened.areas, first):
+        path = host_view.name(area.path)
+        grows = area.kind is not AreaKind.DEVICE and path in wholes and area.beneath is None
+        name = naming.storage_descriptor_name(key, n)
+        if area.beneath is not None:  # a file lies there in many pieces
+            name = names.setdefault(area.identity, name)
+        before = former.get(path) if area.kind is AreaKind.FILE else None
+        longer = before is not None and (grows or os.fstat(area.fd).st_size > before)
+        found.append(
+            AreaEntry(
+                path=path,
+                descriptor=name,
+                filesystem=(area.identity.device.major, area.identity.device.minor),
+                inode=area.identity.inode,
+                offset=area.start_byte,
+                length=area.length,
+                former_size=before if longer else None,
+                beneath=area.beneath,
+                physical=area.physical,
+                grows=grows,
+            )
+        )
+    return found
 
 
 def _off_limits(context: Context) -> set[DeviceNumber]:
@@ -316,23 +326,3 @@ def _off_limits(context: Context) -> set[DeviceNumber]:
         with suppress(OSError):
             found.add(DeviceNumber.of(os.stat(node).st_rdev))
     return found
-
-
-def _restore(area: AreaEntry) -> None:
-    """Only if the path still leads to the same file."""
-    assert area.former_size is not None
-    path = host_view.find(area.path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        status = os.fstat(descriptor)
-        device = DeviceNumber.of(status.st_dev)
-        if ((device.major, device.minor), status.st_ino) != (area.filesystem, area.inode):
-            return
-        if area.former_size < 0:
-            os.unlink(path)
-        elif status.st_size > area.former_size:
-            os.ftruncate(descriptor, area.former_size)
-    except FileNotFoundError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 
@@ -23,6 +24,8 @@ from blksnap_ublk.snapshot.freeze import Freezer, mounted_on
 from blksnap_ublk.snapshot.freeze_order import FileSystem
 
 GATE_LIMIT_MS = 2000
+_ROOM_LIMIT = 5.0  # seconds that writes which wait for room in a storage are waited for, nothing being frozen yet
+_GROWTH_LIMIT = 2.0  # seconds that a file which is being made longer is waited for
 
 
 def take(
@@ -38,8 +41,9 @@ def take(
     `keep` is called when the instant has come, or may have: from then on the snapshot is to be destroyed like any
     other, because the io process may write to its storage. One in `Context.unsettled` is for `reconcile` to destroy.
     """
+    _wait_for_room(context, members)
     systems = [] if freeze is Freeze.NO else _file_systems(context, members)
-    with Freezer(systems, context.io.lost) as freezer, ExitStack() as closing:
+    with Freezer(systems, context.io.lost) as freezer, ExitStack() as closing, _nothing_grows(context):
         descriptors = _descriptors(context, entry, closing)
         message = messages.Take(
             [messages.Member(image.device, image.key) for image in entry.images], limit_ms=GATE_LIMIT_MS
@@ -78,6 +82,28 @@ def take(
     )
     context.catalogue.put_snapshot(entry)
     return entry, freezer.warnings
+
+
+def _wait_for_room(context: Context, members: Sequence[DeviceEntry]) -> None:
+    """Writes that wait for room keep a device from coming to rest; in the end the io process refuses the take."""
+    keys = {held.storage_key for each in members for held in naming.snapshots_of(context.catalogue, each.key)}
+    end = time.monotonic() + _ROOM_LIMIT
+    while time.monotonic() < end:
+        states = [context.state.storage_state(naming.storage_state_name(key)) for key in keys]
+        if not any(state.waiting for state in states if state is not None):
+            return
+        time.sleep(0.02)
+
+
+@contextmanager
+def _nothing_grows(context: Context) -> Iterator[None]:
+    """While file systems are frozen no file of a storage is made longer; one that takes too long is not waited for."""
+    held = context.growing.acquire(_GROWTH_LIMIT)
+    try:
+        yield
+    finally:
+        if held:
+            context.growing.release()
 
 
 def settle(context: Context, snapshot: SnapshotEntry) -> None:
@@ -130,6 +156,10 @@ def _descriptors(context: Context, entry: SnapshotEntry, closing: ExitStack) -> 
 
 def _refusal(members: Sequence[DeviceEntry], error: IoRefused) -> BlksnapError:
     late = next((member for member in members if member.key == error.member), None)
+    if late is not None and error.errno == errno.EBUSY:
+        text = "writers wait for room in the difference storage of a snapshot of it"
+        advice = "`storage add` or `storage limit` gives it room, or destroy that snapshot"
+        return Busy(text, subject=naming.block_path(late), errno="EBUSY", advice=advice)
     if late is not None:
         text = f"writes did not come to rest within {GATE_LIMIT_MS / 1000:g} s"
         advice = "is the origin slow or stuck? try again"

@@ -2,6 +2,7 @@
 """What each command prints: for people, and as JSON in the forms of the contract."""
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 from blksnap_ublk import forms
 from tests.unit.cli.conftest import Shell
+from tests.unit.fake_service import LOST
 
 SNAPSHOT = "abcd0000-0000-0000-0000-000000000000"
 GENERATION = "00000000-0000-0000-0000-000000000000"
@@ -114,7 +116,7 @@ def test_a_snapshot_that_ends_by_itself(shell: Shell) -> None:
     shell.good("attach /dev/sdb")
     pid = os.getpid()
     created = shell.good(f"snapshot create sdb --storage @abcd --partitions --ttl 2h --while-pid {pid} --json").json
-    assert shell.service.requests[0][1] == (["@abcd"], [], None, "break", forms.Freeze.TRY)
+    assert shell.service.requests[0][1] == (["@abcd"], [], None, None, forms.Freeze.TRY)
     assert shell.service.requests[1] == ("lifetime", (True, 7200.0, pid))
     assert (created["expires"], created["ttl"]) == ("2026-01-31T14:00:00.000000Z", 7200)
     assert (created["while_pid"], created["partitions"]) == (pid, True)
@@ -127,10 +129,42 @@ def test_a_snapshot_that_ends_by_itself(shell: Shell) -> None:
     assert (renewed["id"], renewed["ttl"], renewed["expires"]) == (SNAPSHOT, 600, "2026-01-31T12:11:40.000000Z")
 
 
+def test_storage_is_shown_and_changed(taken: Shell) -> None:
+    shown = taken.good("storage show abcd --json").json
+    assert shown == taken.good("snapshot show abcd --json").json["storage"]
+    assert msgspec.convert(shown, forms.Storage).snapshots == [SNAPSHOT]
+    added = taken.good("storage add abcd /more /dev/sdd:0+8 --storage-file /odd:1+1 --json").json
+    assert [area["path"] for area in added["areas"]] == ["/var/diff:0+2048", "/more", "/dev/sdd:0+8", "/odd:1+1"]
+    assert taken.good("storage limit abcd 20G --json").json["limit"] == 20 << 30
+    assert taken.good("storage rate abcd 50M --json").json["copy_rate"] == 50 << 20
+    assert "50M a second" in taken.good("storage show abcd").out
+    assert taken.good("storage rate abcd none --json").json["copy_rate"] is None
+    for line in ("storage show abcd", "storage add abcd /more", "storage limit abcd 2G", "storage rate abcd 2M"):
+        people = taken.good(line).out
+        assert "/more" in people
+        assert SNAPSHOT in people
+
+
+def test_what_is_said_of_storage_when_it_is_named(shell: Shell) -> None:
+    shell.good("attach /dev/sdb")
+    line = "snapshot create sdb --storage /a --limit 1G --on-overflow pause:30 --wipe --copy-rate 8M --json"
+    storage = shell.good(line).json["storage"]
+    assert (storage["on_overflow"], storage["wipe"], storage["copy_rate"]) == ("pause:30", True, 8 << 20)
+    assert (storage["waiting"], storage["growing"]) == (0, True)
+    shell.service.change_storage("abcd", waiting=3)
+    shown = shell.good("snapshot show abcd").out
+    for part in ("3 requests wait for room", "pause:30", "by itself", "when given back", "8M a second"):
+        assert part in shown
+    assert shell.good("snapshot show abcd --json").json["storage"]["waiting"] == 3
+
+
 def test_show_tells_of_a_broken_snapshot(taken: Shell) -> None:
     taken.service.break_snapshot(SNAPSHOT, forms.SnapshotState.OVERFLOWN, "the storage is full")
     assert "overflown: the storage is full" in taken.good("snapshot show abcd").out
-    assert taken.good("snapshot show abcd --json").json["error"] == "the storage is full"
+    assert f"lost at      {LOST}" in taken.good("snapshot show abcd").out
+    assert f"overflown since {LOST}" in taken.good("snapshot list").out
+    shown = taken.good("snapshot show abcd --json").json
+    assert (shown["state"], shown["error"], shown["lost_at"]) == ("overflown", "the storage is full", LOST)
 
 
 def test_check(taken: Shell) -> None:
@@ -204,7 +238,7 @@ def test_status(taken: Shell) -> None:
     assert status.devices[0].rates is not None
     shown = taken.good("status").out
     assert "/dev/ublkb0" in shown
-    assert "90 s" in shown
+    assert re.search(r"active +4K of 1M \(0 %\) +to 1G +90 s +0\n", shown)
 
 
 def test_doctor(shell: Shell) -> None:

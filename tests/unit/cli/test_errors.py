@@ -46,11 +46,10 @@ def taken(shell: Shell) -> Shell:
             f"serve: runs already, as process {os.getpid()}; "
             "its hooks can be named at its start only: end it first, by `serve --stop`",
         ),
-        (
-            "snapshot create sdb --storage /a --on-overflow pause:30",
-            5,
-            "snapshot create: --on-overflow pause:30 is not available in this version",
-        ),
+        ("storage show 0000", 3, "storage show: 0000: no such snapshot"),
+        ("storage add 0000 /a", 3, "storage add: 0000: no such snapshot"),
+        ("storage limit 0000 1G", 3, "storage limit: 0000: no such snapshot"),
+        ("storage rate 0000 none", 3, "storage rate: 0000: no such snapshot"),
     ],
 )
 def test_errors(taken: Shell, line: str, code: int, says: str) -> None:
@@ -99,6 +98,17 @@ def test_what_cannot_be_trusted(taken: Shell) -> None:
         ("snapshot renew abcd --ttl 0", "snapshot renew: invalid value for '--ttl': '0' is no time at all"),
         ("snapshot create sdb --storage /a --print everything", "snapshot create: invalid value for '--print'"),
         ("snapshot create sdb --storage /a --on-overflow panic", "snapshot create: --on-overflow panic: not one of"),
+        (
+            "snapshot create sdb --storage /a --on-overflow pause:0",
+            "snapshot create: --on-overflow pause:0: no time that writers can wait; give from 1 to 86400 seconds",
+        ),
+        ("snapshot create sdb --storage /a --on-overflow pause", "snapshot create: --on-overflow pause: not one of"),
+        ("snapshot create sdb --storage /a --copy-rate all", "snapshot create: invalid value for '--copy-rate'"),
+        ("storage add abcd", "storage add: no difference storage is named; give SPECs or --storage-file PATH"),
+        ("storage limit abcd", "storage limit: missing argument"),
+        ("storage limit abcd much", "storage limit: invalid value for 'SIZE'"),
+        ("storage rate abcd fast", "storage rate: invalid value: 'fast' is not a size"),
+        ("storage rate abcd 4K", "storage rate: --copy-rate: 4096 bytes a second is no rate for copies"),
         ("snapshot create sdb --storage /a --no-freeze --require-freeze", "snapshot create: --no-freeze and"),
         ("snapshot show abc", "snapshot show: abc: give at least 4 characters"),
         ("changes show sdb", "changes show: missing option '--since'"),

@@ -17,7 +17,7 @@ def commands(command: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str,
         yield from commands(inner, (*path, name))
 
 
-WITHOUT_JSON = {("snapshot",), ("changes",), ("serve",), ("install",), ("uninstall",)}
+WITHOUT_JSON = {("snapshot",), ("storage",), ("changes",), ("serve",), ("install",), ("uninstall",)}
 ALL = list(commands(get_command(app)))
 
 
@@ -34,6 +34,11 @@ def test_the_commands_of_the_contract() -> None:
         "snapshot check",
         "snapshot renew",
         "snapshot destroy",
+        "storage",
+        "storage show",
+        "storage add",
+        "storage limit",
+        "storage rate",
         "changes",
         "changes show",
         "changes info",

@@ -60,7 +60,7 @@ def test_snapshots(client: Client, daemon: Daemon) -> None:
         ["sdb"], storage=["/var/a:0+8"], storage_files=["/var/b:c"], limit=1 << 30, freeze=forms.Freeze.REQUIRE
     )
     assert daemon.service.requests == [
-        ("create_snapshot", (["/var/a:0+8"], ["/var/b:c"], 1 << 30, "break", forms.Freeze.REQUIRE)),
+        ("create_snapshot", (["/var/a:0+8"], ["/var/b:c"], 1 << 30, None, forms.Freeze.REQUIRE)),
         ("lifetime", (False, None, None)),
     ]
     assert client.list_snapshots() == [snapshot]
@@ -90,6 +90,23 @@ def test_snapshots_that_end_by_themselves(client: Client, daemon: Daemon) -> Non
         client.create_snapshot(["sdb"], storage=["/c"], while_pid=GONE)
 
 
+def test_storage(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    client.attach("/dev/sdb")
+    options = {"on_overflow": "pause:30", "wipe": True, "copy_rate": 8 << 20}
+    snapshot = client.create_snapshot(["sdb"], storage=["/a"], limit=1 << 30, **options)  # type: ignore[arg-type]
+    storage = client.show_storage(snapshot.id[:8])
+    assert storage == snapshot.storage
+    assert (storage.on_overflow, storage.wipe, storage.copy_rate) == ("pause:30", True, 8 << 20)
+    added = client.add_storage(snapshot.id, ["b:0+8", "@c"], storage_files=["d"])
+    assert [area.path for area in added.areas] == ["/a", f"{tmp_path}/b:0+8", f"{tmp_path}/@c", f"{tmp_path}/d"]
+    assert client.limit_storage(snapshot.id, 2 << 30).limit == 2 << 30
+    assert client.throttle_storage(snapshot.id, None).copy_rate is None
+    with pytest.raises(UsageError, match="no rate for copies"):
+        client.throttle_storage(snapshot.id, 1)
+    assert client.show_storage(snapshot.id).copy_rate is None
+
+
 def test_storage_that_is_shared_is_no_path(
     client: Client, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,8 +116,8 @@ def test_storage_that_is_shared_is_no_path(
     client.create_snapshot(["sdb"], storage=["./@abcd"], storage_files=["@abcd"])
     asked = [what for name, what in daemon.service.requests if name == "create_snapshot"]
     assert asked == [
-        (["@abcd"], [], None, "break", forms.Freeze.TRY),
-        ([f"{tmp_path}/./@abcd"], [f"{tmp_path}/@abcd"], None, "break", forms.Freeze.TRY),
+        (["@abcd"], [], None, None, forms.Freeze.TRY),
+        ([f"{tmp_path}/./@abcd"], [f"{tmp_path}/@abcd"], None, None, forms.Freeze.TRY),
     ]
 
 
@@ -110,7 +127,7 @@ def test_relative_paths_are_the_callers(
     monkeypatch.chdir(tmp_path)
     assert client.attach("disk").origin == f"{tmp_path}/disk"
     client.create_snapshot([f"{tmp_path}/disk"], storage=["a:0+8"], storage_files=["b"])
-    assert daemon.service.requests[0][1] == ([f"{tmp_path}/a:0+8"], [f"{tmp_path}/b"], None, "break", forms.Freeze.TRY)
+    assert daemon.service.requests[0][1] == ([f"{tmp_path}/a:0+8"], [f"{tmp_path}/b"], None, None, forms.Freeze.TRY)
     with pytest.raises(NotFound, match=f"{tmp_path}/other/disk"):
         client.detach("other/disk")
     with pytest.raises(NotFound, match=r"^nothing: "):

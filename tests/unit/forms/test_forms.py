@@ -15,9 +15,9 @@ FIELDS = {
     forms.Device: "device name origin id size state data_path queues depth generation change_number tracking_block unit"
     " snapshots link",
     forms.Snapshot: "id created state error frozen gate_us images storage expires ttl while_pid partitions"
-    " gate_writes_us",
+    " gate_writes_us lost_at",
     forms.Image: "image device origin size generation change_number cursor state preserved_bytes link",
-    forms.Storage: "used capacity limit on_overflow areas forecast_seconds snapshots",
+    forms.Storage: "used capacity limit on_overflow areas forecast_seconds snapshots wipe copy_rate waiting growing",
     forms.Area: "path start count used",
     forms.Changes: "device since until tracking_block all reason changed_bytes ranges",
     forms.Range: "start length",
@@ -46,6 +46,10 @@ def test_null_fields_are_written() -> None:
         "areas": [],
         "forecast_seconds": None,
         "snapshots": [],
+        "wipe": False,
+        "copy_rate": None,
+        "waiting": 0,
+        "growing": False,
     }
 
 

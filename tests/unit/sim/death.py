@@ -59,6 +59,9 @@ class Remains:
         """Frees it all: whatever is under way in it fails, and nobody hears of that."""
         for device in self._devices:
             device.open_gate()
+        for store in self._stores:
+            store.storage.set_rate(0)
+            store.storage.set_room(wait_ms=0, low=0)
         for _ in range(20):
             self._fail_all()
             if not self._requests:

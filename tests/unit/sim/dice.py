@@ -18,7 +18,15 @@ from tests.unit.sim.world import World
 CHANGES = (Op.WRITE,) * 6 + (Op.WRITE_ZEROES, Op.DISCARD)
 IMAGE_CHANGES = (Op.WRITE,) * 4 + (Op.WRITE_ZEROES,)
 FLAGS = (0, 0, 0, 0, Flags.FUA, NEED_COPY, Flags.FUA | NEED_COPY)
+LONG_NS = 10 * S
+"""Longer waits for room end with the world."""
+
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO)
+
+
+def small_storages(die: random.Random) -> tuple[tuple[int, ...], ...]:
+    """One to three of up to three areas each, of a few units."""
+    return tuple(tuple(die.randrange(1, 9) for _ in range(die.randrange(4))) for _ in range(die.randrange(1, 4)))
 
 
 class Dice:
@@ -38,7 +46,7 @@ class Dice:
                 queues=die.choice((1, 2, 3)),
                 depth=die.choice((1, 4, 12)),
                 zero_copy=die.random() < 0.5,
-                storages=die.choice(STORAGES),
+                storages=die.choice(STORAGES) if die.random() < 0.7 else small_storages(die),
                 map_memory=die.random() < 0.9,
             ),
             prompt=die.random() < 0.6,
@@ -50,7 +58,11 @@ class Dice:
             self.grow,
             self.mark,
             lambda: self.world.tick(S),
-            *(() if tame else (self.slow, self.starve, self.damage, self.fail_data)),
+            self.set_room,
+            self.set_room,
+            self.set_rate,
+            lambda: self.world.pass_time(die.choice((1, 10**6, 10**8, S))),
+            *(() if tame else (self.slow, self.starve, self.damage, self.fail_data, self.forsake)),
         )
 
     def sector(self) -> int:
@@ -74,12 +86,17 @@ class Dice:
         """One step."""
         die, world = self.die, self.world
         chance = die.random()
+        impatient = [store for store in world.stores if store.waiting and store.wait_ns <= LONG_NS]
+        if impatient and die.random() < 0.1:
+            world.tick(die.choice(impatient).wait_ns)
         if world.settling and die.random() < 0.2:
             world.portion(die.randrange(len(world.disks)))
         if chance < 0.002:
             death(world, [die.randrange(60) for _ in range(die.randrange(12))])
         elif chance < 0.02:
             die.choice(self.rare)()
+        elif chance < 0.03:
+            world.evict(die.randrange(16))
         elif chance < 0.12:
             self.instant()
         elif world.ios and die.random() < self.hasty:
@@ -131,14 +148,31 @@ class Dice:
         elif not world.still(disk):
             return
         elif not world.held or (len(world.held) < self.many and die.random() < 0.6):
-            world.take(closed, die.randrange(4))
+            world.take(closed, die.randrange(4), self.exempt())
         elif die.random() < 0.7:
             world.drop(die.randrange(16))
         else:
             world.replay(number, die.choice((1, 5, 1000)) * disk.shape.tracking_block)
 
+    def exempt(self) -> list[tuple[int, int]]:
+        die = self.die
+        if die.random() < 0.6:
+            return []
+        starts = [die.choice((0, 1, 60, 64, 100, 65500)) for _ in range(die.randrange(1, 3))]
+        return [(start + die.randrange(4), die.choice((1, 2, 5, 64, 130))) for start in starts]
+
     def grow(self) -> None:
         self.world.grow(self.die.randrange(4), self.die.choice((1, 3, 100)))
+
+    def set_room(self) -> None:
+        wait_ms = self.die.choice((0, 0, 1, 500, 5000, 40_000, 10**8))
+        self.world.set_room(self.die.randrange(4), wait_ms, self.die.choice((0, 1, 3, 50)))
+
+    def set_rate(self) -> None:
+        self.world.set_rate(self.die.randrange(4), self.die.choice((0, 0, 1, 4096, 1 << 20, 1 << 40)))
+
+    def forsake(self) -> None:
+        self.world.forsake(self.die.randrange(16))
 
     def mark(self) -> None:
         self.world.mark(self.die.randrange(4), self.sector(), self.sectors())
@@ -153,7 +187,10 @@ class Dice:
             self.world.starve(self.die.choice((0, 1, 2)))
 
     def damage(self) -> None:
-        self.world.damage(self.die.randrange(4), self.die.randrange(1 << 16), self.die.choice((None, 0, 5, 9, 15)))
+        record_byte = self.die.choice((None, None, self.die.randrange(16)))
+        self.world.damage(
+            self.die.randrange(4), self.die.randrange(1 << 16), record_byte, byte=self.die.randrange(1 << 16)
+        )
 
     def fail_data(self) -> None:
         self.world.fail_data()

@@ -21,6 +21,14 @@ def complete_all(world: World, *, storage: bool = True) -> None:
     raise AssertionError("the I/O never ends")
 
 
+def nobody_waits(world: World) -> None:
+    """Storages have no limit of rate any more, and nobody waits for room."""
+    for number in range(len(world.stores)):
+        world.set_rate(number, 0)
+        world.set_room(number, 0)
+    world.tick(1)
+
+
 def origins_win(world: World) -> None:
     """Storages are silent from now on: every request of a device ends all the same."""
     for _ in range(6):
@@ -35,6 +43,7 @@ def end(world: World, *, silent: bool = False) -> None:
     """Checks that everything ends, then frees it all."""
     for number in range(len(world.disks)):
         world.open_gate(number)
+    nobody_waits(world)
     if silent:
         origins_win(world)
     complete_all(world)
@@ -55,6 +64,8 @@ def end(world: World, *, silent: bool = False) -> None:
         assert (disk.words == disk.words[:, :1]).all(), "a sector of an origin is torn"
     for store in world.stores:
         store.check_gaps()
+    for held in world.held:
+        assert held.image.preserved == held.slots() * world.shape.unit, "it is not known how much was preserved"
     close(world)
 
 

@@ -35,16 +35,31 @@ class Held:
         self.writes = 0
         self.unreadable: set[int] = set()
         """Units that a copy met an error for, or may have: EIO is right for them."""
+        self.exempt: set[int] = set()
+        """Units that read as zeroes and are not preserved for it."""
 
     def taken(self, before: Interval, after: Interval) -> None:
         """This is its instant, between these two intervals."""
         self.content = ImageContent(self.disk.words.copy())
+        per_unit = self.disk.shape.unit // SECTOR
+        for unit in self.exempt:
+            self.content.words[unit * per_unit : (unit + 1) * per_unit] = 0
         self.intervals = (before, after)
 
     def new_write(self) -> int:
         """Number of its next write: no disk and no other image has it."""
         self.writes += 1
         return self.serial << SERIAL_BITS | self.writes
+
+    @property
+    def active(self) -> bool:
+        """Whether it can be trusted."""
+        return self.image.status[0] is ImageStatus.ACTIVE
+
+    def slots(self) -> int:
+        """Units that its own map has and that are not exempt."""
+        slots = (self.sim.slot(self.image, unit) for unit in range(self.disk.shape.units))
+        return sum(slot not in (0, SLOT_ZERO) for slot in slots)
 
     def has(self, unit: int) -> bool:
         """Whether its own map has the unit."""

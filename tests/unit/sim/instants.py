@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
+
 from tests.unit.sim.disk import Disk
-from tests.unit.sim.held import Held
+from tests.unit.sim.held import Held, would_break
 from tests.unit.sim.interval import Interval
 from tests.unit.sim.judge import Judge
 from tests.unit.sim.shape import SECTOR
@@ -31,8 +34,11 @@ class Instants(Judge):
         at.device.open_gate()
         self.settle()
 
-    def take(self, members: list[int], store: int) -> bool:
-        """One instant for these disks; whether it was possible."""
+    def take(self, members: list[int], store: int, exempt: Sequence[tuple[int, int]] = ()) -> bool:
+        """One instant for these disks; whether it was possible. `exempt`: first unit and number of units, of each disk.
+
+        Only what older images of the chain have already, or are exempt from, can be exempt.
+        """
         disks = list({number % len(self.disks): self.disks[number % len(self.disks)] for number in members}.values())
         if not disks or not all(self.still(disk) for disk in disks) or len(self.held) >= MOST_HELD:
             return False
@@ -43,6 +49,8 @@ class Instants(Judge):
             disk.check_bitmap()
             self.serial += 1
             held = Held(self.sim, disk, self.stores[store % len(self.stores)], self.arena, self.serial)
+            for first, count in exempt:
+                self._exempt(held, first % self.shape.units, count)
             disk.device.prepare_take(held.image)
             intervals.append(Interval(disk.size, self.shape.tracking_block))
             held.taken(disk.interval, intervals[-1])
@@ -53,6 +61,29 @@ class Instants(Judge):
         self.settle()
         return True
 
+    def _exempt(self, held: Held, first: int, count: int) -> None:
+        older = self.chain(held)
+        whole = held.disk.size // self.shape.unit
+        for unit in range(first, min(first + count, whole)):
+            if would_break([other for other in older if other.active], range(unit, unit + 1)):
+                continue
+            held.exempt.add(unit)
+        runs = sorted(held.exempt)
+        while runs:
+            length = next((n for n, unit in enumerate(runs) if unit != runs[0] + n), len(runs))
+            self._exempt_run(held, runs[0], length)
+            del runs[:length]
+
+    def _exempt_run(self, held: Held, first: int, count: int) -> None:
+        unit = self.shape.unit
+        try:
+            held.image.exempt(first * unit, count * unit)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            self.feed()
+            held.image.exempt(first * unit, count * unit)
+
     def drop(self, image: int) -> bool:
         """An image goes, what older ones need of it is handed over by `portion`; whether it was possible."""
         if not self.held:
@@ -61,16 +92,38 @@ class Instants(Judge):
         if not self.still(held.disk):
             return False
         self.settle_switch(held.disk)
+        self._leave(held)
+        return True
+
+    def evict(self, image: int) -> bool:
+        """The same without the gate, where copies are for a younger image; whether it was possible."""
+        if not self.held:
+            return False
+        held = self.held[image % len(self.held)]
+        if not self.younger_active(held):
+            return False
+        self.settle_switch(held.disk)
+        self._leave(held)
+        return True
+
+    def younger_active(self, held: Held) -> bool:
+        """Whether a younger image of its chain can be trusted."""
+        chain = self.chain(held)
+        return any(other.active for other in chain[chain.index(held) + 1 :])
+
+    def _leave(self, held: Held) -> None:
         self.next_step()
         for interval in held.intervals:
             interval.check()
+        younger = self.younger_active(held)
         held.disk.device.prepare_drop(held.image)
+        needs_gate = held.disk.device.begin_drop()
+        assert needs_gate is not younger, "the gate is for copies to the image that goes"
         self.sim.switch([held.disk.device], [None], settle=False)
         self.held.remove(held)
         self.gone.append(held)
         self.settling.append(held)
         self.settle()
-        return True
 
     def portion(self, disk: int) -> None:
         """A part of what follows the drop of an image."""

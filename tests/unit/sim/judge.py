@@ -12,7 +12,7 @@ from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import SimIo, SimResult
 from tests.unit.sim.disk import Request
-from tests.unit.sim.held import Held
+from tests.unit.sim.held import Held, would_break
 from tests.unit.sim.machine import Machine
 from tests.unit.sim.shape import SECTOR, Shape
 from tests.unit.sim.store import Store
@@ -20,6 +20,11 @@ from tests.unit.sim.store import Store
 S = 1_000_000_000
 COPY_LIMIT_NS = 30 * S
 MAP_LIMIT_NS = 5 * S
+
+
+def units_of(request: Request, unit: int) -> range:
+    """What it touches."""
+    return range(request.start // unit, (request.start + request.length - 1) // unit + 1)
 
 
 class Judge(Machine):
@@ -33,6 +38,14 @@ class Judge(Machine):
         """Of images' reads from storage: serial, and why."""
         self.waited: dict[int, int] = {}
         """Of each disk: how long a request of it has waited at most."""
+        self.since: dict[int, int] = {}
+        """Of I/O: when it was submitted, in ns."""
+        self.told_in_step = 0
+        """How often control was told something in the last step."""
+        self.ticks = False
+        """Whether time passes in this step: places may go back in the midst of it."""
+        self.forsaken: set[int] = set()
+        """Serials of images that a test has broken by hand."""
 
     def next_step(self) -> None:
         """A step begins."""
@@ -41,6 +54,7 @@ class Judge(Machine):
         self.store_errors.clear()
         self.read_errors.clear()
         self.waited.clear()
+        self.ticks = False
         for store in self.stores:
             store.unused_before = store.unused
         for held in self.held:
@@ -50,11 +64,13 @@ class Judge(Machine):
         """I/O that has been submitted."""
         for io in started:
             self.ios[io.id] = io
+            self.since.setdefault(io.id, self.ns)
             assert not io.request or not self.requests[io.request].parked, "a change passes the closed gate"
             store = self.store_of(io) if io.op is Op.WRITE else None
             if store:
                 store.write_began(io, functools.partial(self._names, store))
                 self._check_readers(store, io)
+                self._check_exempt(io)
 
     def _names(self, store: Store, place: int) -> bool:
         return place in self.named_places(store)
@@ -70,6 +86,14 @@ class Judge(Machine):
             under = trusted and read.start < places.stop and places.start < read.stop
             assert not under, f"a place is written under a reader: {write.offset} of file {write.file}"
 
+    def _check_exempt(self, write: SimIo) -> None:
+        """What no image needs is not preserved."""
+        chain = self.chain_of_copy(write)
+        if not chain or not all(held.active for held in chain):
+            return
+        for unit in range(write.unit, write.unit + write.units):
+            assert any(unit not in held.exempt for held in chain), f"unit {unit} is exempt, and was preserved"
+
     def settle(self, *, origins: bool = False) -> None:
         """Looks at what the step has done, and checks everything; `origins`: their data may have changed."""
         if self.prompt:
@@ -80,12 +104,40 @@ class Judge(Machine):
             self._check_image(held)
         for result in self.sim.results():
             self._ended(result)
+        notified = self.told_in_step = self.sim.notified()
         for store in self.stores:
             store.check()
+            self._check_room(store, notified)
+        self._check_who_waits()
         for disk in self.disks if origins else ():
             disk.check()
         self._free_gone()
         self.sound = True
+
+    def _check_room(self, store: Store, notified: int) -> None:
+        """Somebody waits only where all places are given out, and control hears of that before it comes to it."""
+        if store.waiting:
+            room = max(0, store.unused - store.kept) if self._image_changes(store) else store.unused
+            assert store.wait_ns, "a request waits for room that nobody will make"
+            assert not room, "a request waits for room, and there is some"
+        fewer = store.unused < min(store.low, store.unused_before)
+        mixed = any(io.op is Op.WRITE and io.request and store is self.store_of(io) for io in self.ios.values())
+        assert not fewer or mixed or store.told or notified, "nobody was told that there is little room"
+        store.told = store.told or bool(notified)
+
+    def _check_who_waits(self) -> None:
+        """Of each device it is known whether its gate would not drain for want of room."""
+        for disk in self.disks:
+            if disk.device.waits_for_room:
+                assert any(request.changes for request in self.requests.values()), "nobody is there who could wait"
+        waits = any(disk.device.waits_for_room for disk in self.disks)
+        assert not waits or any(store.waiting for store in self.stores), "a device waits for room, no storage is full"
+        for store in self.stores:
+            assert waits or not store.waiting or self._image_changes(store), "it is not known who waits for room"
+
+    def _image_changes(self, store: Store) -> bool:
+        """Whether somebody writes to an image of that storage."""
+        return any(held.store is store and self.requests[number].changes for number, held in self.of_image.items())
 
     def _ended(self, result: SimResult) -> None:
         request = self.requests.pop(result.id)
@@ -136,9 +188,10 @@ class Judge(Machine):
         if request.changes and result.result == -errno.ENOSPC:
             slow = self.starved and self.ns - request.submitted_ns >= MAP_LIMIT_NS
             assert slow or self._may_lack_room(request, held), f"image {held.serial}: there was room to write"
+            waited = slow or self.ns - request.submitted_ns >= held.store.wait_ns
+            assert waited, f"image {held.serial}: room was to be waited for"
             return
-        unit = self.shape.unit
-        units = range(request.start // unit, (request.start + request.length - 1) // unit + 1)
+        units = units_of(request, self.shape.unit)
         broken = held.image.status[0] is not ImageStatus.ACTIVE
         if result.result == -errno.EIO and self.ns - request.submitted_ns >= COPY_LIMIT_NS:
             return
@@ -159,18 +212,39 @@ class Judge(Machine):
             held.check(chain[chain.index(held) :])
         elif held.status is ImageStatus.ACTIVE:
             held.status = status
-            if (held.serial, error) not in self.read_errors:
-                failed = any(held.serial in doomed and error == reason for doomed, reason in self.store_errors)
-                full = error == errno.ENOSPC and not failed
-                assert full is (status is ImageStatus.OVERFLOWN), f"{status.name} for {error}"
-            assert self._may_break(held, error), f"image {held.serial} broke without a reason: {status.name}, {error}"
-            held.store.silent |= error == errno.ETIMEDOUT
+            full = status is ImageStatus.OVERFLOWN
+            assert not full or error == errno.ENOSPC, f"{status.name} for {error}"
+            allowed = self._may_overflow(held) if full else self._may_break(held, error)
+            assert allowed, f"image {held.serial} broke without a reason: {status.name}, {error}"
+
+    def _may_overflow(self, held: Held) -> bool:
+        """There was no room in its storage for a unit that it lacks, and for as long as is to be waited for it."""
+        store = held.store
+        if store.unused and store.unused_before and not self.ticks:
+            return False
+        for request in self.requests.values():
+            if request.id in self.of_image or request.op not in (Op.WRITE, Op.WRITE_ZEROES) or request.parked:
+                continue
+            if self.disk_of_queue[request.queue] is not held.disk:
+                continue
+            if self.ns - request.submitted_ns >= store.wait_ns and held.serial in would_break(
+                self.chain(held), units_of(request, self.shape.unit)
+            ):
+                return True
+        return False
+
+    def _is_silent(self, store: Store) -> bool:
+        """Whether a write to it may have been given up that has not ended."""
+        return any(
+            io.op is Op.WRITE and store is self.store_of(io) and self.ns - self.since[io.id] >= COPY_LIMIT_NS
+            for io in self.ios.values()
+        )
 
     def _may_break(self, held: Held, error: int) -> bool:
         waited = self.waited.get(held.disk.number, 0)
         return (
-            (error == errno.ENOSPC and held.store.full)
-            or (error == errno.ETIMEDOUT and (waited >= COPY_LIMIT_NS or held.store.silent))
+            held.serial in self.forsaken
+            or (error == errno.ETIMEDOUT and (waited >= COPY_LIMIT_NS or self._is_silent(held.store)))
             or (error == errno.ENOMEM and waited >= MAP_LIMIT_NS and self.starved)
             or (error == errno.EBADMSG and bool(held.store.damaged))
             or (held.serial, error) in self.read_errors

@@ -93,6 +93,14 @@ class Machine:
             if 0 < slot < SLOT_ZERO
         }
 
+    def feed(self) -> None:
+        """There is enough map memory again."""
+        if self.scarcity:
+            self.scarcity.close()
+            self.scarcity = None
+        if not self.arena.total:
+            self.add_map_memory()
+
     def add_map_memory(self) -> None:
         """Adds a portion."""
         self.arena.add(np.zeros(engine.ARENA_PORTION, dtype=np.uint8))

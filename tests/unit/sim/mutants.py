@@ -20,7 +20,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 GROUPS = {
     name: HERE / f"test_{name}.py"
-    for name in ("rules", "written_images", "waiting", "death", "fault_sweep", "any_order", "dice")
+    for name in (
+        *("rules", "written_images", "waiting", "room", "turns", "exempt", "yield", "death"),
+        *("fault_sweep", "any_order", "dice"),
+    )
 } | {"grace": HERE.parent / "engine" / "test_grace.py"}
 LIMIT_SECONDS = 600
 """A test that is still running then has found a request that never ends."""

@@ -11,6 +11,8 @@ from tests.unit.sim.script import Trouble, flow
 from tests.unit.sim.shape import Shape
 from tests.unit.sim.world import World
 
+HOUR_MS = 3_600_000
+
 Story = Callable[[World, Trouble], None]
 
 
@@ -171,6 +173,47 @@ def scribbles(world: World, trouble: Trouble) -> None:
     flow(world, trouble)
 
 
+def full(world: World, trouble: Trouble) -> None:
+    """Writers wait for room. Some is added, some comes from the oldest image, which goes without the gate."""
+    world.set_room(0, HOUR_MS)
+    take(world, 0, trouble=trouble)
+    world.change(0, Op.WRITE, 0, 24)
+    flow(world, trouble)
+    take(world, 0, trouble=trouble)
+    for queue in range(3):
+        world.change(queue, Op.WRITE, 16 * queue, 20)
+    flow(world, trouble)
+    world.grow(0, 1)
+    world.read_image(1, 0, 1000)
+    flow(world, trouble)
+    if world.evict(0):
+        world.hand_over()
+    flow(world, trouble)
+    world.grow(0, 20)
+    flow(world, trouble)
+    world.read_image(0, 0, 1000)
+    flow(world, trouble)
+
+
+def exempted(world: World, trouble: Trouble) -> None:
+    """Ranges that two images are exempt from, and a third one is not."""
+    take(world, 0, trouble=trouble)
+    world.change(0, Op.WRITE, 0, 40)
+    flow(world, trouble)
+    for exempt in ([(1, 3)], [(1, 3), (4, 1)], []):
+        world.close_gate(0)
+        flow(world, trouble)
+        assert world.take([0], 0, exempt)
+        world.open_gate(0)
+        world.change(0, Op.WRITE, 4, 60)
+        world.read_image(0, 0, 1000)
+        flow(world, trouble)
+    drop(world, 0, trouble)
+    for image in range(3):
+        world.read_image(image, 0, 1000)
+    flow(world, trouble)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A story and the world it happens in."""
@@ -198,6 +241,8 @@ def _scenarios() -> list[Scenario]:
             Scenario(scribbles, plain),
             Scenario(trims, Shape(zero_copy=zero_copy, tracking_block=8192)),
             Scenario(members, Shape(zero_copy=zero_copy, disks=2, depth=8)),
+            Scenario(full, Shape(zero_copy=zero_copy, depth=8, storages=((3, 2),))),
+            Scenario(exempted, plain),
             Scenario(overflow, Shape(zero_copy=zero_copy, depth=8, storages=((3, 1, 1),)), overflows=True),
         ]
     return found

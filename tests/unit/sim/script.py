@@ -85,7 +85,7 @@ def flow(world: World, trouble: Trouble = None) -> None:
         # For an origin there is no limit: it does answer in the end.
         trouble.silent = {io for io in trouble.silent if io in world.ios and world.store_of(world.ios[io])}
         _complete(world, trouble)
-    while isinstance(trouble, Shortage) and world.requests:
+    while isinstance(trouble, Shortage) and len(world.requests) > sum(store.waiting for store in world.stores):
         trouble.met = True
         if trouble.fed:
             world.feed()

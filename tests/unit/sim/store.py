@@ -38,11 +38,15 @@ class Store:
         self.places = np.zeros(0, dtype=np.uint8)
         self.damaged: set[int] = set()
         """Places whose data a test has changed."""
-        self.silent = False
-        """A snapshot was lost because a write did not end, and none has ended since."""
         self._used = 0
         self.unused_before = 0
         """Places that were left when the step under way began."""
+        self.wait_ns = 0
+        """For room, before it overflows."""
+        self.low = 0
+        """Places: control is told, once, when fewer are free."""
+        self.told = False
+        """Whether it may have been, since that was set or an area was added."""
         for units in areas:
             self.grow(units)
 
@@ -52,14 +56,22 @@ class Store:
         file = self.sim.add_file(GAP + length + GAP)
         records = np.zeros(self.storage.records_bytes(length), dtype=np.uint8)
         self.storage.add_area(file, GAP, length + GAP - 1, records)
+        self.told = False
         self.files[file.index] = (file, len(self.places))
         self.records.append((len(self.places), records))
         self.places = np.concatenate([self.places, np.zeros(units, dtype=np.uint8)])
 
+    def set_room(self, *, wait_ms: int, low: int) -> None:
+        """See engine.Storage; `low`: places."""
+        self.wait_ns = wait_ms * 1_000_000
+        self.low = low
+        self.told = False
+        self.storage.set_room(wait_ms=wait_ms, low=low * self.unit)
+
     @property
-    def full(self) -> bool:
-        """Whether a copy found no room, at any time."""
-        return bool(self.state.view(np.uint32)[10])
+    def waiting(self) -> int:
+        """Requests that wait for room."""
+        return int(self.state.view(np.uint32)[11])
 
     @property
     def used(self) -> int:
@@ -96,7 +108,6 @@ class Store:
 
     def write_ended(self, io: SimIo) -> None:
         """A write, all of it or its rest, has ended for good."""
-        self.silent = False
         stop = self.places_of(io).stop
         self.places[stop - io.units : stop] = Place.USED
         self._used = -1
@@ -116,16 +127,16 @@ class Store:
     def damage_record(self, place: int, byte: int) -> None:
         """Changes one of the 16 bytes that say what a place holds."""
         first, records = max((area for area in self.records if area[0] <= place), key=lambda area: area[0])
-        records[16 * (place - first) + byte] ^= 0xFF
+        records[16 * (place - first) + byte] ^= 1 << byte % 8
         self.damaged.add(place)
 
-    def damage(self, place: int) -> None:
+    def damage(self, place: int, byte: int) -> None:
         """Changes a byte of a place that was written."""
         for file, first in self.files.values():
             offset = GAP + (place - first) * self.unit
             if first <= place and offset < len(file.data) - GAP:
                 data: Any = np.frombuffer(file.data, np.uint8)
-                data[offset + self.unit // 2] ^= 0xFF
+                data[offset + byte % self.unit] ^= 1 << byte % 8
                 self.damaged.add(place)
 
     def data_of(self, place: int) -> Any:

@@ -121,9 +121,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.w.open_gate(disk)
 
     @precondition(lambda self: any(disk.gate_closed for disk in self.w.disks))
-    @rule(store=few)
-    def take(self, store: int) -> None:
-        self.w.take([disk.number for disk in self.w.disks if disk.gate_closed], store)
+    @rule(store=few, exempt=st.lists(st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 64, 100])), max_size=2))
+    def take(self, store: int, exempt: list[tuple[int, int]]) -> None:
+        self.w.take([disk.number for disk in self.w.disks if disk.gate_closed], store, exempt)
 
     @precondition(lambda self: self.w.held and any(disk.gate_closed for disk in self.w.disks))
     @rule(image=few)
@@ -147,6 +147,28 @@ class AnyOrder(RuleBasedStateMachine):
     def grow(self, store: int, units: int) -> None:
         self.w.grow(store, units)
 
+    @rule(store=few, wait_ms=st.sampled_from([0, 500, 5000, 40_000]), low=st.sampled_from([0, 2, 50]))
+    def set_room(self, store: int, wait_ms: int, low: int) -> None:
+        self.w.set_room(store, wait_ms, low)
+
+    @rule(store=few, rate=st.sampled_from([0, 1, 4096, 1 << 20]))
+    def set_rate(self, store: int, rate: int) -> None:
+        self.w.set_rate(store, rate)
+
+    @rule(ns=st.sampled_from([1, 10**6, 10**9]))
+    def pass_time(self, ns: int) -> None:
+        self.w.pass_time(ns)
+
+    @precondition(lambda self: self.w.held)
+    @rule(image=few)
+    def evict(self, image: int) -> None:
+        self.w.evict(image)
+
+    @precondition(lambda self: self.w.held)
+    @rule(image=few)
+    def forsake(self, image: int) -> None:
+        self.w.forsake(image)
+
     @rule(pages=st.integers(0, 2))
     def starve(self, pages: int) -> None:
         self.w.starve(pages)
@@ -155,9 +177,9 @@ class AnyOrder(RuleBasedStateMachine):
     def feed(self) -> None:
         self.w.feed()
 
-    @rule(store=few, place=st.integers(0, 100), record_byte=st.none() | st.integers(0, 15))
-    def damage(self, store: int, place: int, record_byte: int | None) -> None:
-        self.w.damage(store, place, record_byte)
+    @rule(store=few, place=st.integers(0, 100), byte=st.integers(0, 8191), record_byte=st.none() | st.integers(0, 15))
+    def damage(self, store: int, place: int, byte: int, record_byte: int | None) -> None:
+        self.w.damage(store, place, record_byte, byte=byte)
 
     @rule()
     def fail_data(self) -> None:

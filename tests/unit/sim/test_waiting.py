@@ -149,29 +149,53 @@ def test_what_waits_for_a_buffer_gets_one_in_turn() -> None:
     end(world)
 
 
-def test_silent_storage_holds_all_copies_and_no_writer() -> None:
+def test_silent_storage_holds_three_quarters_of_the_copies_and_no_writer() -> None:
     world = World(Shape(units=60, depth=2, queues=1, storages=((1,) * 60, (60,))))
     take(world, 0, trouble=None)
     world.change(0, Op.WRITE, 0, 1000)
     world.change(0, Op.WRITE, 400, 8)
     origins_win(world)
     assert statuses(world)[0] == (ImageStatus.CORRUPTED, errno.ETIMEDOUT)
-    # Another storage answers, but there is no copy left to preserve with.
-    assert waiting(world) == [Kind.COPY_WRITE] * 20
+    # Another storage answers, and three quarters of the copies are the most that this one can hold.
+    assert waiting(world) == [Kind.COPY_WRITE] * 15
     world.close_gate(0)
     assert world.take([0], 1)
     world.open_gate(0)
     world.change(0, Op.WRITE, 0, 8)
-    assert waiting(world) == [Kind.COPY_WRITE] * 20
-    world.tick(COPY_LIMIT_NS)
-    assert statuses(world)[1] == (ImageStatus.CORRUPTED, errno.ETIMEDOUT)
-    assert waiting(world) == [Kind.COPY_WRITE] * 20 + [Kind.CHANGE]
+    world.complete(find(world, Kind.COPY_READ))
+    assert waiting(world) == [Kind.COPY_WRITE] * 16
+    world.complete(15)
+    assert waiting(world) == [Kind.COPY_WRITE] * 15 + [Kind.CHANGE]
+    assert statuses(world)[1] == ACTIVE
     # It answers at last: everything works again.
     complete_all(world)
     take(world, 0, store=1, trouble=None)
     world.change(0, Op.WRITE, 0, 16)
     complete_all(world)
     assert statuses(world)[2] == ACTIVE
+    end(world)
+
+
+def test_two_silent_storages_hold_all_copies_and_no_writer() -> None:
+    world = World(Shape(units=60, depth=2, queues=1, storages=((1,) * 60, (1,) * 60, (60,))))
+    for store in range(2):
+        world.close_gate(0)
+        assert world.take([0], store)
+        world.open_gate(0)
+        world.change(0, Op.WRITE, 0, 1000)
+        origins_win(world)
+    assert waiting(world) == [Kind.COPY_WRITE] * 20
+    world.close_gate(0)
+    assert world.take([0], 2)
+    world.open_gate(0)
+    world.change(0, Op.WRITE, 0, 8)
+    world.tick(COPY_LIMIT_NS - 1)
+    assert waiting(world) == [Kind.COPY_WRITE] * 20
+    assert statuses(world)[2] == ACTIVE
+    world.tick(1)
+    assert statuses(world)[2] == (ImageStatus.CORRUPTED, errno.ETIMEDOUT)
+    assert waiting(world) == [Kind.COPY_WRITE] * 20 + [Kind.CHANGE]
+    complete_all(world)
     end(world)
 
 
@@ -191,8 +215,8 @@ def test_map_memory_is_waited_for() -> None:
     take(world, 0, trouble=None)
     for queue in range(2):
         world.change(queue, Op.WRITE, 8 * queue, 8)
+        assert world.told_in_step
     assert not world.ios
-    assert world.sim.notified()
     world.tick(MAP_LIMIT_NS - 1)
     assert not world.ios
     world.feed()

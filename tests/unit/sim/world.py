@@ -12,6 +12,7 @@ import errno
 
 import numpy as np
 
+from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import ALL, HeldMapMemory, SimIo
 from tests.unit.sim.disk import WORDS, Request, filled, stamps
@@ -145,6 +146,7 @@ class World(Instants):
         del self.ios[at.id]
         self.applied.discard(at.id)
         doomed = would_break(self.chain_of_copy(at), range(at.unit, at.unit + at.units)) if result <= 0 else set()
+        del self.since[at.id]
         self.sim.complete(at.id, result)
         started = self.sim.started()
         if not any(new.again for new in started):
@@ -180,12 +182,20 @@ class World(Instants):
     def tick(self, ns: int) -> None:
         """Time passes."""
         self.next_step()
+        self.ticks = True
         self.ns += ns
         for request in self.requests.values():
             if request.changes and request.id not in self.of_image:
                 disk = self.disk_of_queue[request.queue]
                 self.waited[disk.number] = max(self.waited.get(disk.number, 0), self.ns - request.submitted_ns)
         self.sim.tick(ns)
+        self.settle()
+
+    def pass_time(self, ns: int) -> None:
+        """Time passes between two ticks of the queues."""
+        self.next_step()
+        self.ns += ns
+        self.sim.pass_time(ns)
         self.settle()
 
     def fail_data(self) -> None:
@@ -196,9 +206,32 @@ class World(Instants):
 
     def grow(self, store: int, units: int) -> None:
         """A storage gets another area."""
+        self.next_step()
         self.stores[store % len(self.stores)].grow(units)
+        self.settle()
 
-    def damage(self, store: int, place: int, record_byte: int | None = None) -> None:
+    def set_room(self, store: int, wait_ms: int, low: int = 0) -> None:
+        """How long writers wait for room in a storage, and when few of its places are left."""
+        self.next_step()
+        self.stores[store % len(self.stores)].set_room(wait_ms=wait_ms, low=low)
+        self.settle()
+
+    def set_rate(self, store: int, rate: int) -> None:
+        """Bytes that copies may put into a storage in a second, 0: any."""
+        self.next_step()
+        self.stores[store % len(self.stores)].storage.set_rate(rate)
+        self.settle()
+
+    def forsake(self, image: int) -> None:
+        """An image is broken by hand."""
+        if self.held:
+            held = self.held[image % len(self.held)]
+            self.next_step()
+            self.forsaken.add(held.serial)
+            held.image.break_(ImageStatus.CORRUPTED, errno.ECANCELED)
+            self.settle()
+
+    def damage(self, store: int, place: int, record_byte: int | None = None, *, byte: int = 0) -> None:
         """What a storage keeps in a place changes by itself, or what the record says of it."""
         at = self.stores[store % len(self.stores)]
         written = np.flatnonzero(at.places == Place.USED)
@@ -206,7 +239,7 @@ class World(Instants):
             return
         chosen = int(written[place % len(written)])
         if record_byte is None:
-            at.damage(chosen)
+            at.damage(chosen, byte)
         else:
             at.damage_record(chosen, record_byte)
 
@@ -215,11 +248,3 @@ class World(Instants):
         if not self.scarcity:
             self.scarcity = HeldMapMemory(self.arena, leave=pages)
             self.starved = True
-
-    def feed(self) -> None:
-        """There is enough map memory again."""
-        if self.scarcity:
-            self.scarcity.close()
-            self.scarcity = None
-        elif not self.arena.total:
-            self.add_map_memory()

@@ -3,7 +3,7 @@
 
 import pytest
 
-from blksnap_ublk.errors import Unsupported, UsageError
+from blksnap_ublk.errors import UsageError
 from blksnap_ublk.snapshot.attach import AttachOptions
 from blksnap_ublk.snapshot.create import CreateOptions
 from blksnap_ublk.snapshot.spec import parse_specs
@@ -47,9 +47,21 @@ def test_create_refuses_a_limit_that_is_none() -> None:
         CreateOptions(parse_specs(["/x"]), limit=0)
 
 
-def test_create_refuses_policies_that_it_does_not_have() -> None:
-    with pytest.raises(Unsupported, match="--on-overflow"):
-        CreateOptions(parse_specs(["/x"]), on_overflow="pause:5")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("on_overflow", "pause"), ("on_overflow", "pause:0"), ("copy_rate", 0), ("copy_rate", 4096)],
+)
+def test_create_refuses_what_storage_cannot_do(field: str, value: object) -> None:
+    option = "--" + field.replace("_", "-")
+    with pytest.raises(UsageError, match=option):
+        CreateOptions(parse_specs(["/x"]), **{field: value})  # type: ignore[arg-type]
+
+
+def test_create_takes_what_storage_can_do() -> None:
+    options = CreateOptions(parse_specs(["/x"]), limit=1 << 30, on_overflow="pause:5", wipe=True, copy_rate=1 << 20)
+    storage = options.storage("key", 4096)
+    assert (storage.on_overflow, storage.limit, storage.wipe, storage.copy_rate) == ("pause:5", 1 << 30, True, 1 << 20)
+    assert CreateOptions(parse_specs(["/x"])).storage("key", 4096).on_overflow == "break"
 
 
 def test_create_joins_one_storage_or_has_its_own() -> None:
@@ -58,3 +70,6 @@ def test_create_joins_one_storage_or_has_its_own() -> None:
         CreateOptions(parse_specs(["/x"]), join="0123")
     with pytest.raises(UsageError, match="--limit"):
         CreateOptions(limit=1 << 30, join="0123")
+    for said in ({"on_overflow": "break"}, {"wipe": True}, {"copy_rate": 1 << 20}):
+        with pytest.raises(UsageError, match="joins the storage"):
+            CreateOptions(join="0123", **said)

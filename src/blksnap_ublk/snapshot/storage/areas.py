@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from blksnap_ublk.host.number import DeviceNumber
 
@@ -68,28 +69,48 @@ class OpenArea:
     device: DeviceNumber | None
     """The block device, or the one the file system lies on; None for a file system that has none."""
     identity: Identity
+    beneath: str | None = None
+    """The key of the filtered device that it is written beneath, at byte `physical` of its origin, not through `fd`."""
+    physical: int | None = None
 
     @property
     def used_range(self) -> UsedRange:
         return UsedRange(self.identity, self.start_byte, self.length)
 
 
+class Reservation(Protocol):
+    """A file that a helper process holds for this one, and gives back unless it is to be kept."""
+
+    def keep(self) -> None: ...
+
+
 class OpenAreas:
     """The areas of one call, in the order of the SPECs. As a context manager: closed, or undone after an exception."""
 
     def __init__(
-        self, areas: tuple[OpenArea, ...], notes: tuple[str, ...], closing: ExitStack, undoing: ExitStack
+        self,
+        areas: tuple[OpenArea, ...],
+        notes: tuple[str, ...],
+        closing: ExitStack,
+        undoing: ExitStack,
+        reservations: Sequence[Reservation] = (),
     ) -> None:
         self.areas = areas
         self.notes = notes
         """What the user should know, one line each."""
         self._closing = closing
         self._undoing = undoing
+        self._reservations = reservations
 
     @property
     def capacity(self) -> int:
         """Bytes in all areas together."""
         return sum(area.length for area in self.areas)
+
+    def keep(self) -> None:
+        """What helper processes have reserved stays so if this process dies from now on. Raises BlksnapError."""
+        for reservation in self._reservations:
+            reservation.keep()
 
     def close(self) -> None:
         """Gives the descriptors back: unnamed files are gone with the last one. What was allocated stays."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 
-from blksnap_ublk.errors import Busy, UsageError, from_os_error
+from blksnap_ublk.errors import Busy, Failed, UsageError, from_os_error
 from blksnap_ublk.host import filesystem
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.snapshot.spec import SECTOR, Spec, check_disjoint
 from blksnap_ublk.snapshot.storage import devices, files
-from blksnap_ublk.snapshot.storage.areas import AreaKind, OpenArea, OpenAreas, UsedRange
+from blksnap_ublk.snapshot.storage.areas import AreaKind, Identity, OpenArea, OpenAreas, UsedRange
+from blksnap_ublk.snapshot.storage.beneath import Seat
 from blksnap_ublk.snapshot.storage.descriptors import DescriptorRegistry
 from blksnap_ublk.snapshot.storage.growth import Growable, plan_sizes
+from blksnap_ublk.snapshot.storage.reservation import Reservation
 from blksnap_ublk.snapshot.storage.target import Target
 
 
@@ -29,6 +32,8 @@ def open_storage(
     limit: int | None = None,
     needed: int,
     unit: int = 4096,
+    seats: Mapping[str, Seat] = MappingProxyType({}),
+    given_up: Callable[[], bool] = lambda: False,
 ) -> OpenAreas:
     """Opens the areas of all SPECs, in their order, with space of their own and locked against others.
 
@@ -36,23 +41,42 @@ def open_storage(
     difference storages hold. `limit` is the user's `--limit`; without one, directories give what is `needed` (the size
     of the members) at most. All sizes in bytes. Allocation can take long and may wait for file systems.
 
+    `seats`: the paths of SPECs that lie directly on a filtered device: helper processes reserve them whole, so they
+    need a limit where they are no files yet, and what they are asked for first. Nothing is waited for there any more
+    once `given_up()` says that these devices are not served.
+
     Raises UsageError, Busy, Unsupported, NotFound or Failed and then leaves nothing behind.
     """
     closing, undoing = ExitStack(), ExitStack()
     try:
         check_disjoint(specs)
-        targets = [_open(spec, registry, closing, off_limits, unit) for spec in specs]
+        targets = [
+            _open_seated(spec, seats[spec.path], registry, closing, given_up)
+            if spec.path in seats
+            else _open(spec, registry, closing, off_limits, unit)
+            for spec in specs
+        ]
         sizes = _sizes(targets, limit, needed, unit)
-        areas = [area for target, size in zip(targets, sizes, strict=True) for area in _areas(target, size, unit)]
-        _refuse_overlaps(areas, used)
-        for target in targets:
-            if target.kind is not AreaKind.DEVICE:
-                files.refuse_unusable_blocks(target)
-        notes = [note for target, size in zip(targets, sizes, strict=True) for note in _prepare(target, size, undoing)]
-        for target in targets:
+        sized = list(zip(targets, sizes, strict=True))
+        found = [[] if target.reservation else _areas(target, size, unit) for target, size in sized]
+        _refuse_overlaps([area for areas in found for area in areas], used)
+        through = [target for target in targets if target.kind is not AreaKind.DEVICE and not target.reservation]
+        for target in through:
+            files.refuse_unusable_blocks(target)
+        notes = []
+        for areas, (target, size) in zip(found, sized, strict=True):
+            if target.reservation:
+                reserved, said = _reserve(target, target.reservation, size, unit, undoing)
+                areas += reserved
+                notes += said
+            else:
+                notes += _prepare(target, size, undoing)
+        for target in through:
             if target.publish:
                 files.publish(target, undoing)
-        return OpenAreas(tuple(map(_with_state, areas)), tuple(dict.fromkeys(notes)), closing, undoing)
+        every = tuple(_with_state(area) for areas in found for area in areas)
+        reservations = [target.reservation for target in targets if target.reservation]
+        return OpenAreas(every, tuple(dict.fromkeys(notes)), closing, undoing, reservations)
     except BaseException:
         try:
             undoing.close()
@@ -83,6 +107,32 @@ def _open(
     return files.open_unnamed(spec, spec.path, registry, closing, off_limits)
 
 
+def _open_seated(
+    spec: Spec, seat: Seat, registry: DescriptorRegistry, closing: ExitStack, given_up: Callable[[], bool]
+) -> Target:
+    """By a helper: nothing of its file system is touched here."""
+    reservation = Reservation(spec, seat, given_up)
+    closing.callback(reservation.close)
+    descriptor, found = reservation.open()
+    registry.acquire(found.identity, lambda: descriptor)
+    closing.callback(registry.release, found.identity)
+    return Target(
+        spec=spec,
+        kind=found.kind,
+        descriptor=descriptor,
+        identity=found.identity,
+        size=found.size,
+        alignment=seat.unit,
+        memory_alignment=seat.unit,
+        direct=True,
+        filesystem=found.filesystem,
+        device=seat.filesystem,
+        publish=found.publish,
+        reservation=reservation,
+        room=found.room,
+    )
+
+
 def _open_missing(
     spec: Spec, registry: DescriptorRegistry, closing: ExitStack, off_limits: Collection[DeviceNumber]
 ) -> Target:
@@ -97,12 +147,36 @@ def _sizes(targets: Sequence[Target], limit: int | None, needed: int, unit: int)
     growables = [_growable(target) for target in targets if target.grows]
     if limit is None:
         for target in targets:
-            if target.publish:
+            if target.publish and not target.reservation:
                 text = "no such file, directory or block device"
                 raise UsageError(text, subject=target.spec.path, advice="--limit SIZE would create a file of that size")
     fixed = sum(length for t in targets if not t.grows for _, length in t.byte_ranges(t.size))
+    whole: dict[Identity, int] = {}
+    left = None if limit is None else limit - fixed - sum(growable.size for growable in growables)
+    for target in targets:
+        if target.reservation and target.spec.ranges is None:
+            whole[target.identity] = _whole_size(target, left, unit)
+            fixed += whole[target.identity] - target.size
+            left = None if left is None else left - (whole[target.identity] - target.size)
     planned = iter(plan_sizes(growables, fixed=fixed, limit=limit, needed=needed, unit=unit))
-    return [next(planned) if target.grows else target.size for target in targets]
+    return [next(planned) if t.grows else whole.get(t.identity, t.size) for t in targets]
+
+
+def _whole_size(target: Target, left: int | None, unit: int) -> int:
+    """The size at which a file on a filtered device is reserved; `left`: bytes by which all may grow together."""
+    path = target.spec.path
+    if left is None:
+        if target.publish or target.kind is AreaKind.UNNAMED:
+            text = "lies on a filtered device, where storage is reserved whole before a snapshot is taken"
+            raise UsageError(text, subject=path, advice="give --limit SIZE, how much to reserve")
+        left = 0
+    wanted = max(left, 0) // unit * unit
+    if target.size + wanted < unit:
+        raise UsageError("nothing can be reserved: it is empty, and no limit is left for it", subject=path)
+    if wanted > target.room:
+        text = f"its file system has no room for {wanted} bytes, {wanted - target.room} are missing"
+        raise Failed(text, subject=path, errno="ENOSPC", advice="give a smaller --limit or more storage")
+    return target.size + wanted
 
 
 def _growable(target: Target) -> Growable:
@@ -162,6 +236,34 @@ def _sectors(area: OpenArea) -> str:
     return f"{area.start_byte // SECTOR}+{area.length // SECTOR}"
 
 
+def _reserve(
+    target: Target, reservation: Reservation, size: int, unit: int, undoing: ExitStack
+) -> tuple[list[OpenArea], list[str]]:
+    undoing.callback(reservation.undo)
+    target.byte_ranges(size)
+    pieces, notes = reservation.reserve(size, unit)
+    areas = [
+        OpenArea(
+            path=target.spec.path,
+            fd=target.descriptor,
+            start_byte=piece.offset,
+            length=piece.length,
+            kind=target.kind,
+            alignment=target.alignment,
+            memory_alignment=target.memory_alignment,
+            direct=True,
+            written=True,
+            filesystem=target.filesystem,
+            device=target.device,
+            identity=target.identity,
+            beneath=reservation.seat.device,
+            physical=piece.physical,
+        )
+        for piece in pieces
+    ]
+    return areas, notes
+
+
 def _prepare(target: Target, size: int, undoing: ExitStack) -> list[str]:
     if target.kind is AreaKind.DEVICE:
         return []
@@ -175,6 +277,6 @@ def _prepare(target: Target, size: int, undoing: ExitStack) -> list[str]:
 
 
 def _with_state(area: OpenArea) -> OpenArea:
-    if area.kind is AreaKind.DEVICE:
+    if area.kind is AreaKind.DEVICE or area.beneath is not None:
         return area
     return replace(area, written=files.is_written(area.fd, area.start_byte, area.length))

@@ -11,6 +11,7 @@ from blksnap_ublk.host import blockdev, stack
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.snapshot.spec import SECTOR, SectorRange, Spec
 from blksnap_ublk.snapshot.storage.areas import AreaKind, Identity
+from blksnap_ublk.snapshot.storage.reservation import Reservation
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,15 @@ class Target:
     device: DeviceNumber | None
     publish: bool = False
     """An unnamed file that gets the name `spec.path` once it is allocated."""
+    reservation: Reservation | None = None
+    """Of a file that is written beneath a filtered device."""
+    room: int = 0
+    """With `reservation`: what its file system has left."""
 
     @property
     def grows(self) -> bool:
-        return self.kind is not AreaKind.DEVICE and self.spec.ranges is None
+        """It can be made longer, now and later. What lies beneath a filtered device is reserved whole instead."""
+        return self.kind is not AreaKind.DEVICE and self.spec.ranges is None and self.reservation is None
 
     def byte_ranges(self, size: int) -> list[tuple[int, int]]:
         """The (start, length) in bytes of its areas when it has `size` bytes, before they are cut to alignment.
@@ -57,9 +63,8 @@ def refuse_off_limits(path: str, devices: Collection[DeviceNumber], off_limits: 
     for device in devices:
         hit = sorted((stack.underlying_devices(device) | {device}) & set(off_limits))
         if hit:
-            raise Unsupported(
+            text = (
                 f"lies on {blockdev.node_path(hit[0])}, and storage on the snapshotted device itself, on a filtered"
-                " device or on an image is not possible",
-                subject=path,
-                advice="name storage on another device",
+                " device or on an image is not possible, but in files on a file system directly on a filtered device"
             )
+            raise Unsupported(text, subject=path, advice="name storage on another device, or such a file")
