@@ -133,7 +133,7 @@ def test_snapshots_with_and_without_that_storage(client: Client, folder: Path, k
 @kinds
 def test_nearly_all_of_it_is_used_at_full_speed(client: Client, folder: Path, kind: str) -> None:
     """Five sixths of what is reserved are overwritten; `BSU_SAME_DEVICE_MIB` in the environment reserves more."""
-    reserved = int(os.environ.get("BSU_SAME_DEVICE_MIB", "72")) * MIB
+    reserved = int(os.environ.get("BSU_SAME_DEVICE_MIB", "192")) * MIB
     data = reserved // 6 * 5 // MIB
     with on_filtered(client, folder, kind, size=2 * reserved + 256 * MIB) as on:
         with (on.top / "fio").open("wb") as file:
