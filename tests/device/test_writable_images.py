@@ -260,7 +260,7 @@ def test_a_full_storage_ends_the_writes_to_an_image_first(client: Client, folder
         storage = folder / "storage"
         with storage.open("wb") as file:
             file.truncate(2 * MIB)
-        snapshot = take(disk, storage)
+        snapshot = take(disk, storage, limit=2 * MIB)
         image = snapshot.images[0].image
         model = bytearray(content)
         piece = 64 << 10
