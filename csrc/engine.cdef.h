@@ -25,22 +25,26 @@ struct bsu_device;
 struct bsu_file;
 struct bsu_image;
 struct bsu_storage;
+struct bsu_sweep;
 
 struct bsu_arena *bsu_arena_new(void);
 void bsu_arena_free(struct bsu_arena *arena);
 int bsu_arena_add(struct bsu_arena *arena, void *memory);
+int bsu_arena_adopt(struct bsu_arena *arena, void *memory);
 size_t bsu_arena_free_bytes(const struct bsu_arena *arena);
 size_t bsu_arena_bytes(const struct bsu_arena *arena);
 
 struct bsu_storage_config {
 	uint32_t unit;
 	void *state;
+	bool adopt;
 };
 struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int *err);
 void bsu_storage_free(struct bsu_storage *storage);
 int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records);
 size_t bsu_storage_state_bytes(void);
 size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t length);
+int bsu_storage_end_quarantine(struct bsu_storage *storage);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
 void bsu_storage_set_room(struct bsu_storage *storage, uint64_t wait_ns, uint64_t low);
@@ -83,6 +87,7 @@ struct bsu_image_config {
 };
 size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit);
 struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err);
+struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_t size, void *before, void *after, int *err);
 int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length);
 int bsu_image_free(struct bsu_image *image);
 void bsu_image_break(struct bsu_image *image, enum bsu_image_status status, int error);
@@ -91,6 +96,12 @@ uint64_t bsu_image_preserved(const struct bsu_image *image);
 uint64_t bsu_image_written(const struct bsu_image *image);
 int bsu_image_release(struct bsu_image *image);
 bool bsu_image_idle(const struct bsu_image *image);
+
+struct bsu_sweep *bsu_sweep_new(struct bsu_arena *arena, const uint32_t *lost, unsigned int nr_lost, int *err);
+int bsu_sweep_add_storage(struct bsu_sweep *sweep, struct bsu_storage *storage);
+int bsu_sweep_add_image(struct bsu_sweep *sweep, struct bsu_image *image);
+int bsu_sweep_step(struct bsu_sweep *sweep);
+void bsu_sweep_free(struct bsu_sweep *sweep);
 
 struct bsu_queue_counters {
 	uint64_t reads, writes, discards;

@@ -28,8 +28,100 @@ void bsu_arena_free(struct bsu_arena *arena)
 {
 	if (!arena)
 		return;
+	bsu_arena_end_adopted(arena);
 	pthread_mutex_destroy(&arena->lock);
 	free(arena);
+}
+
+void bsu_arena_end_adopted(struct bsu_arena *arena)
+{
+	free(arena->adopted.page);
+	free(arena->adopted.leaf);
+	arena->adopted = (struct bsu_arena_use) { 0 };
+}
+
+static int grow_bits(uint64_t **bits, size_t old, size_t words)
+{
+	uint64_t *grown = realloc(*bits, words * sizeof(*grown));
+
+	if (!grown)
+		return -ENOMEM;
+	memset(grown + old, 0, (words - old) * sizeof(*grown));
+	*bits = grown;
+	return 0;
+}
+
+int bsu_arena_adopt(struct bsu_arena *arena, void *memory)
+{
+	uint32_t pages = arena->adopted.pages;
+	int ret;
+
+	if (arena->pages != pages)
+		return -EBUSY;
+	ret = grow_bits(&arena->adopted.page, pages / 64, (pages + PORTION_PAGES) / 64);
+	if (!ret)
+		ret = grow_bits(&arena->adopted.leaf, pages * PAGE_LEAVES / 64, (pages + PORTION_PAGES) * PAGE_LEAVES / 64);
+	if (!ret)
+		ret = bsu_arena_add(arena, memory);
+	if (ret)
+		return ret;
+	pthread_mutex_lock(&arena->lock);
+	arena->adopted.pages = arena->next_page = arena->pages;
+	atomic_fetch_sub_explicit(&arena->free_bytes, BSU_ARENA_PORTION, memory_order_relaxed);
+	pthread_mutex_unlock(&arena->lock);
+	return 0;
+}
+
+bool bsu_arena_is_adopted_table(const struct bsu_arena *arena, uint32_t index)
+{
+	return index && index - 1 < arena->adopted.pages;
+}
+
+bool bsu_arena_is_adopted_leaf(const struct bsu_arena *arena, uint32_t index)
+{
+	return index && index != BSU_LEAF_ZERO && (index - 1) / PAGE_LEAVES < arena->adopted.pages;
+}
+
+static bool test_and_set(uint64_t *bits, uint32_t at)
+{
+	bool was = bits[at / 64] >> (at % 64) & 1;
+
+	bits[at / 64] |= 1ull << (at % 64);
+	return was;
+}
+
+static bool any_leaf(const struct bsu_arena *arena, uint32_t page)
+{
+	return arena->adopted.leaf[page * PAGE_LEAVES / 64] >> (page * PAGE_LEAVES % 64) & ((1u << PAGE_LEAVES) - 1);
+}
+
+bool bsu_arena_use_table(struct bsu_arena *arena, uint32_t index)
+{
+	return test_and_set(arena->adopted.page, index - 1) || any_leaf(arena, index - 1);
+}
+
+/* A page is a table or has leaves, never both. */
+bool bsu_arena_use_leaf(struct bsu_arena *arena, uint32_t index)
+{
+	uint32_t page = (index - 1) / PAGE_LEAVES;
+
+	return test_and_set(arena->adopted.leaf, index - 1) || arena->adopted.page[page / 64] >> (page % 64) & 1;
+}
+
+/* Page @page of the adopted ones is free where no map uses it. */
+void bsu_arena_free_unused(struct bsu_arena *arena, uint32_t page)
+{
+	bool leaves = any_leaf(arena, page);
+
+	if (arena->adopted.page[page / 64] >> (page % 64) & 1)
+		return;
+	if (!leaves) {
+		bsu_arena_put_table(arena, page + 1);
+		return;
+	}
+	for (uint32_t leaf = page * PAGE_LEAVES; leaf < (page + 1) * PAGE_LEAVES; leaf++)
+		if (!(arena->adopted.leaf[leaf / 64] >> (leaf % 64) & 1))
+			bsu_arena_put_leaf(arena, leaf + 1);
 }
 
 int bsu_arena_add(struct bsu_arena *arena, void *memory)

@@ -59,6 +59,8 @@ void bsu_chain_break(struct bsu_queue *queue, const struct bsu_chain *chain, uin
 	for (unsigned int k = chain->nr_images; k-- > 0;) {
 		if (bsu_map_get(&chain->image[k]->map, unit) != BSU_SLOT_EMPTY)
 			break;
+		if (unit >= bsu_image_units(chain->image[k]))
+			continue;
 		bsu_image_break(chain->image[k], status, error);
 		if (MUTANT(BSU_MUTANT_BREAK_NEWEST))
 			break;

@@ -176,7 +176,7 @@ static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 	for (uint32_t i = 0; i < copy->count; i++) {
 		const char *data = (const char *)copy->buf + (size_t)i * unit_bytes;
 
-		bsu_record_set(&record[i], copy->image->serial, copy->unit + i, bsu_crc32c(0, data, unit_bytes));
+		bsu_record_set(&record[i], copy->image->serial, false, copy->unit + i, bsu_crc32c(0, data, unit_bytes));
 	}
 	for (uint32_t i = 0; i < copy->count; i++) {
 		bool bad = copy->bad[i / 64] >> (i % 64) & 1 && !MUTANT(BSU_MUTANT_BAD_AS_GOOD);

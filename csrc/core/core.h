@@ -27,6 +27,7 @@ struct bsu_image;
 struct bsu_pool;
 struct bsu_queue;
 struct bsu_storage;
+struct bsu_sweep;
 struct bsu_task;
 
 /* Values are those of UBLK_IO_OP_*. */
@@ -144,6 +145,11 @@ struct bsu_arena *bsu_arena_new(void);
 void bsu_arena_free(struct bsu_arena *arena);
 /* Add a portion of exactly BSU_ARENA_PORTION zeroed bytes, allocated ahead. */
 int bsu_arena_add(struct bsu_arena *arena, void *memory);
+/*
+ * The same for portions that hold maps of a former process, in the order in
+ * which that one added them, before any other (-EBUSY). See bsu_sweep_new().
+ */
+int bsu_arena_adopt(struct bsu_arena *arena, void *memory);
 size_t bsu_arena_free_bytes(const struct bsu_arena *arena);
 size_t bsu_arena_bytes(const struct bsu_arena *arena);
 
@@ -152,6 +158,12 @@ size_t bsu_arena_bytes(const struct bsu_arena *arena);
 struct bsu_storage_config {
 	uint32_t unit;			/* bytes */
 	void *state;			/* struct bsu_storage_state, zeroed, shared */
+	/*
+	 * The state is what a former process left, and the records of the areas
+	 * that are added too; -EBADMSG if it does not fit. All that was ever given
+	 * out is in quarantine.
+	 */
+	bool adopt;
 };
 
 struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int *err);
@@ -172,6 +184,11 @@ size_t bsu_storage_state_bytes(void);
 void bsu_storage_set_room(struct bsu_storage *storage, uint64_t wait_ns, uint64_t low);
 /* How fast copies may fill it; 0: no limit. Writers wait their turn. */
 void bsu_storage_set_rate(struct bsu_storage *storage, uint64_t bytes_per_s);
+/*
+ * The storage I/O of former processes has ended, and the sweep: a portion of
+ * giving back what no map holds. 1 while there is more.
+ */
+int bsu_storage_end_quarantine(struct bsu_storage *storage);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);
@@ -269,6 +286,14 @@ struct bsu_image_config {
 size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit);
 struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err);
 /*
+ * An image that a former process had taken, of @size bytes: the youngest of its
+ * device from now on, which has no queue yet (-EBUSY). @before, @after: bitmaps
+ * of the intervals before and after it, or NULL for one that is never served.
+ * -EBADMSG: the state does not fit; images of the same chain that are older
+ * may read through it, they are to be broken.
+ */
+struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_t size, void *before, void *after, int *err);
+/*
  * Before it is taken: these bytes, whole units, read as zeroes and are never
  * preserved for it. -ENOMEM when map memory is used up: add some, call it again.
  */
@@ -291,6 +316,26 @@ enum bsu_image_status bsu_image_status(const struct bsu_image *image, int *error
 uint64_t bsu_image_preserved(const struct bsu_image *image);
 uint64_t bsu_image_written(const struct bsu_image *image);
 bool bsu_image_idle(const struct bsu_image *image);
+
+/* ---- the sweep: what a former process left is checked, and what it did not use is free ---- */
+
+/*
+ * Once all images are adopted. @lost: serials of images that could not be.
+ * Devices may be served meanwhile, and images taken; no adopted image may be
+ * served or dropped, or map memory and places of others added as adopted.
+ *
+ * Each slot must name a place whose record says so, each complete record must
+ * be named by a slot. A record that no slot names belongs to a copy that was
+ * about to be published: it is published now. What does not fit breaks the
+ * image and the older ones of its chain (EBADMSG).
+ */
+struct bsu_sweep *bsu_sweep_new(struct bsu_arena *arena, const uint32_t *lost, unsigned int nr_lost, int *err);
+/* All storages and images that were adopted. -ENOMEM. */
+int bsu_sweep_add_storage(struct bsu_sweep *sweep, struct bsu_storage *storage);
+int bsu_sweep_add_image(struct bsu_sweep *sweep, struct bsu_image *image);
+/* A portion. 0 when all is done, 1 when there is more. */
+int bsu_sweep_step(struct bsu_sweep *sweep);
+void bsu_sweep_free(struct bsu_sweep *sweep);
 
 /* ---- queues ---- */
 

@@ -91,7 +91,8 @@ uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uin
 	struct bsu_table *table = table_at(map, entry);
 	uint64_t count;
 
-	if (!table)
+	/* An older image may be smaller; what lies beyond it nobody older needs. */
+	if (!table || entry >= older->entries)
 		return 0;
 	/* Writers that add leaves to the older map wait for one entry at most. */
 	pthread_mutex_lock(&older->lock);
@@ -119,10 +120,11 @@ static void prune_slots(struct bsu_leaf *leaf, const struct bsu_leaf *older)
 
 void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t entry)
 {
-	struct bsu_table *table = table_at(map, entry), *common = table_at(older, entry);
+	struct bsu_table *table = table_at(map, entry), *common;
 
-	if (!table)
+	if (!table || entry >= older->entries)
 		return;
+	common = table_at(older, entry);
 	if (table == common) {
 		atomic_store_explicit(&map->directory[entry], 0, memory_order_relaxed);
 		return;

@@ -18,18 +18,13 @@ size_t bsu_image_state_bytes(uint64_t device_size, uint32_t unit)
 	return (bytes + BSU_MAP_PAGE - 1) / BSU_MAP_PAGE * BSU_MAP_PAGE;
 }
 
-struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
+static struct bsu_image *image_new(const struct bsu_image_config *config, uint64_t size, int *err)
 {
-	struct bsu_image_state *state = config->state;
 	struct bsu_device *dev = config->device;
+	uint64_t entries = directory_entries(size, dev->unit);
 	struct bsu_image *image;
 	uint32_t *directory;
 
-	*err = -EINVAL;
-	if (!dev || !config->storage || !config->arena || !state)
-		return NULL;
-	if (config->storage->unit != dev->unit || !config->serial || config->serial >= 1u << 24)
-		return NULL;
 	*err = -ENOMEM;
 	image = calloc(1, sizeof(*image));
 	if (!image)
@@ -37,29 +32,110 @@ struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
 	image->dev = dev;
 	image->storage = config->storage;
 	image->arena = config->arena;
-	image->state = state;
+	image->state = config->state;
 	image->serial = config->serial;
-	state->magic = BSU_IMAGE_MAGIC;
-	state->version = BSU_STATE_VERSION;
-	state->size = dev->size;
-	state->unit = dev->unit;
-	state->serial = config->serial;
-	state->directory_entries = directory_entries(dev->size, dev->unit);
-	directory = (uint32_t *)((char *)state + BSU_IMAGE_HEADER);
-	bsu_map_init(&image->map, image->arena, directory, state->directory_entries);
-	bsu_map_init(&image->written, image->arena, directory + state->directory_entries, state->directory_entries);
-	atomic_store(&state->status, BSU_IMAGE_ACTIVE);
+	image->size = size;
+	directory = (uint32_t *)((char *)config->state + BSU_IMAGE_HEADER);
+	bsu_map_init(&image->map, image->arena, directory, entries);
+	bsu_map_init(&image->written, image->arena, directory + entries, entries);
 	atomic_fetch_add(&dev->images, 1);
 	atomic_fetch_add(&image->storage->users, 1);
 	*err = 0;
 	return image;
 }
 
+static void image_free(struct bsu_image *image)
+{
+	atomic_fetch_sub(&image->storage->users, 1);
+	atomic_fetch_sub(&image->dev->images, 1);
+	pthread_mutex_destroy(&image->map.lock);
+	pthread_mutex_destroy(&image->written.lock);
+	free(image);
+}
+
+static bool is_config(const struct bsu_image_config *config)
+{
+	return config->device && config->storage && config->arena && config->state &&
+	       config->storage->unit == config->device->unit && config->serial && config->serial < 1u << 24;
+}
+
+struct bsu_image *bsu_image_new(const struct bsu_image_config *config, int *err)
+{
+	struct bsu_image_state *state = config->state;
+	struct bsu_image *image;
+	uint64_t size;
+
+	*err = -EINVAL;
+	if (!is_config(config))
+		return NULL;
+	size = bsu_device_size(config->device);
+	image = image_new(config, size, err);
+	if (!image)
+		return NULL;
+	state->magic = BSU_IMAGE_MAGIC;
+	state->version = BSU_STATE_VERSION;
+	state->size = size;
+	state->unit = config->device->unit;
+	state->serial = config->serial;
+	state->directory_entries = image->map.entries;
+	atomic_store(&state->status, BSU_IMAGE_ACTIVE);
+	return image;
+}
+
+static bool fits(const struct bsu_image_state *state, const struct bsu_image_config *config, uint64_t size)
+{
+	return state->magic == BSU_IMAGE_MAGIC && state->version == BSU_STATE_VERSION && state->size == size &&
+	       state->unit == config->device->unit && state->serial == config->serial &&
+	       state->directory_entries == directory_entries(size, state->unit);
+}
+
+/* Broken with a reason, or active without one; anything else has been tampered with. */
+static void check_status(struct bsu_image *image)
+{
+	struct bsu_image_state *state = image->state;
+	uint32_t status = atomic_load(&state->status);
+	bool error = atomic_load(&state->error);
+
+	if (MUTANT(BSU_MUTANT_STATUS_TRUSTED) || status == BSU_IMAGE_GONE || (status == BSU_IMAGE_ACTIVE && !error))
+		return;
+	if ((status == BSU_IMAGE_OVERFLOWN || status == BSU_IMAGE_CORRUPTED) && error)
+		return;
+	atomic_store(&state->error, EBADMSG);
+	atomic_store(&state->status, BSU_IMAGE_CORRUPTED);
+}
+
+struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_t size, void *before, void *after, int *err)
+{
+	struct bsu_image *image;
+
+	*err = -EINVAL;
+	if (!is_config(config) || !size || size > bsu_device_size(config->device))
+		return NULL;
+	*err = -EBADMSG;
+	if (!fits(config->state, config, size))
+		return NULL;
+	image = image_new(config, size, err);
+	if (!image)
+		return NULL;
+	check_status(image);
+	atomic_store(&image->before, before);
+	atomic_store(&image->after, after);
+	*err = bsu_map_adopt(&image->map, bsu_view_chain(atomic_load(&image->dev->view), image->storage));
+	if (!*err)
+		*err = bsu_map_adopt(&image->written, NULL);
+	if (!*err)
+		*err = bsu_view_adopt(image);
+	if (!*err)
+		return image;
+	image_free(image);
+	return NULL;
+}
+
 int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length)
 {
 	const struct bsu_device *dev = image->dev;
 
-	if (start >= dev->size || !length || length > dev->size - start || (start | length) & (dev->unit - 1) ||
+	if (start >= image->size || !length || length > image->size - start || (start | length) & (dev->unit - 1) ||
 	    atomic_load(&image->taken))
 		return -EINVAL;
 	return bsu_map_fill_zero(&image->map, start >> dev->unit_shift,
@@ -97,6 +173,7 @@ int bsu_image_release(struct bsu_image *image)
 		return -EBUSY;
 	if (image->released == image->map.entries)
 		return 0;
+	atomic_store(&image->state->releasing, 1);
 	bsu_map_clear(&image->map, image->storage, image->released);
 	bsu_map_clear(&image->written, image->storage, image->released);
 	return ++image->released < image->map.entries;
@@ -112,11 +189,7 @@ int bsu_image_free(struct bsu_image *image)
 		;
 	if (ret)
 		return ret;
-	atomic_fetch_sub(&image->storage->users, 1);
-	atomic_fetch_sub(&image->dev->images, 1);
-	pthread_mutex_destroy(&image->map.lock);
-	pthread_mutex_destroy(&image->written.lock);
-	free(image);
+	image_free(image);
 	return 0;
 }
 

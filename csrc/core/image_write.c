@@ -74,7 +74,7 @@ static void store_done(struct bsu_io *io, int res)
 	for (uint32_t i = 0; i < segment->units; i++) {
 		const char *data = (const char *)segment->buf + (size_t)i * storage->unit;
 
-		bsu_record_set(&area->records[segment->place - area->first + i], queue->image->serial, unit + i,
+		bsu_record_set(&area->records[segment->place - area->first + i], queue->image->serial, true, unit + i,
 			       bsu_crc32c(0, data, storage->unit));
 		publish(segment, unit + i, segment->place + i + 1);
 	}
@@ -124,7 +124,7 @@ static uint64_t part_unit(const struct bsu_segment *segment, uint64_t unit)
 
 	if (unit <= first && segment->start & (dev->unit - 1))
 		return first;
-	if (unit <= last && stop & (dev->unit - 1) && stop != dev->size)
+	if (unit <= last && stop & (dev->unit - 1) && stop != segment->queue->image->size)
 		return last;
 	return UINT64_MAX;
 }
@@ -217,7 +217,7 @@ static void granted(struct bsu_task *task)
 	if (!bsu_segment_granted(segment))
 		return;
 	/* The last unit of a device may be short; its place is not. */
-	if (stop == segment->queue->dev->size && stop & (segment->queue->dev->unit - 1))
+	if (stop == segment->queue->image->size && stop & (segment->queue->dev->unit - 1))
 		memset((char *)segment->buf + segment->buf_bytes - segment->queue->dev->unit, 0, segment->queue->dev->unit);
 	fill(segment, 0);
 }
@@ -247,8 +247,9 @@ static bool reserve(struct bsu_segment *segment, uint64_t unit, uint64_t count)
 /* Whole units of zeroes from the beginning of the segment on. */
 static uint64_t zero_units(const struct bsu_segment *segment)
 {
-	const struct bsu_device *dev = segment->queue->dev;
-	uint64_t end = segment->end == dev->size ? bsu_device_units(dev) : segment->end >> dev->unit_shift;
+	const struct bsu_image *image = segment->queue->image;
+	const struct bsu_device *dev = image->dev;
+	uint64_t end = segment->end == image->size ? bsu_image_units(image) : segment->end >> dev->unit_shift;
 
 	if (segment->rq->op != BSU_OP_WRITE_ZEROES || segment->start & (dev->unit - 1))
 		return 0;
@@ -264,7 +265,7 @@ static void write_zeroes(struct bsu_segment *segment, uint64_t units)
 		return;
 	for (uint64_t i = 0; i < units; i++)
 		publish(segment, unit + i, BSU_SLOT_ZERO);
-	segment->start += bsu_units_bytes(queue->dev, unit, units);
+	segment->start = min_u64((unit + units) << queue->dev->unit_shift, segment->end);
 	segment->rq->waiting_since = 0;
 	segment->task.run = go_on;
 	bsu_task_ready(queue, &segment->task);
@@ -343,9 +344,9 @@ static void write_begin(struct bsu_task *task)
 	 * comes after it: both intervals have changed. Marked before anybody can read it.
 	 */
 	if (!MUTANT(BSU_MUTANT_IMAGE_UNMARKED))
-		bsu_mark_range(image->dev, image->before, rq->start, rq->length);
+		bsu_mark_range(image->dev, atomic_load_explicit(&image->before, memory_order_acquire), rq->start, rq->length);
 	if (!MUTANT(BSU_MUTANT_IMAGE_UNMARKED) && !MUTANT(BSU_MUTANT_IMAGE_MARKS_ONE))
-		bsu_mark_range(image->dev, image->after, rq->start, rq->length);
+		bsu_mark_range(image->dev, atomic_load_explicit(&image->after, memory_order_acquire), rq->start, rq->length);
 	segment->start = rq->start;
 	segment->end = rq->start + rq->length;
 	next_portion(segment);

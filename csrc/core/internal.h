@@ -26,6 +26,7 @@
 #define BSU_IO_RETRIES 1000u		/* EAGAIN and EINTR in a row, without progress */
 #define BSU_ARENA_PORTIONS 1024u
 #define BSU_MAP_WAIT_NS (5 * NS_PER_S)	/* for map memory that control adds */
+#define BSU_QUARANTINE_WAIT_NS (5 * NS_PER_S)
 #define BSU_COPY_LIMIT_NS (30 * NS_PER_S)
 
 #define container_of(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
@@ -81,8 +82,16 @@ bool bsu_pool_forget(struct bsu_pool *pool, struct bsu_task *task);
 
 /* ---- map.c ---- */
 
+/* What maps of a former process take of the adopted portions: one bit a page, one bit a leaf. */
+struct bsu_arena_use {
+	uint32_t pages;
+	uint64_t *page;
+	uint64_t *leaf;
+};
+
 struct bsu_arena {
 	pthread_mutex_t lock;
+	struct bsu_arena_use adopted;
 	_Atomic(char *) portion[BSU_ARENA_PORTIONS];
 	unsigned int portions;
 	uint32_t next_page;
@@ -111,6 +120,8 @@ int bsu_map_reserve(struct bsu_map *map, uint64_t first, uint64_t count);
 /* The same, and zeroes where nothing is published yet. For a map that nobody uses. */
 int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count);
 void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot);
+/* The same unless something is published there. */
+bool bsu_map_publish_first(struct bsu_map *map, uint64_t unit, uint32_t slot);
 
 /* ---- handover.c: maps of images that go ---- */
 
@@ -134,6 +145,8 @@ struct bsu_area {
 	uint32_t count;
 	struct bsu_record *records;
 	uint64_t *given;		/* bit set: the place is given out */
+	uint32_t adopted;		/* places of it that a former process gave out … */
+	uint64_t *kept;			/* … and which of them maps hold; NULL without a sweep */
 };
 
 struct bsu_storage {
@@ -148,6 +161,10 @@ struct bsu_storage {
 	uint64_t low;			/* places; when less is free, control is told, once */
 	bool low_told;
 	_Atomic bool got_low;
+	uint32_t adopted;		/* high-water mark of a former process */
+	_Atomic bool quarantined;	/* more room comes when it is known what that one still writes */
+	unsigned int freeing;		/* area and place that the end of quarantine has come to */
+	uint32_t freed;
 	struct bsu_tasks room_waiters;
 	_Atomic uint64_t rate;		/* bytes/s of copies, 0: any */
 	_Atomic uint64_t next_turn;	/* ns */
@@ -176,7 +193,12 @@ bool bsu_storage_got_low(struct bsu_storage *storage);
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count);
 const struct bsu_area *bsu_storage_area(const struct bsu_storage *storage, uint32_t place);
 uint64_t bsu_storage_offset(const struct bsu_storage *storage, const struct bsu_area *area, uint32_t place);
-void bsu_record_set(struct bsu_record *record, uint32_t serial, uint64_t unit, uint32_t data_crc);
+void bsu_record_set(struct bsu_record *record, uint32_t serial, bool written, uint64_t unit, uint32_t data_crc);
+/* Whether it was completed and not cleared since. */
+bool bsu_record_is_whole(const struct bsu_record *record);
+uint64_t bsu_record_unit(const struct bsu_record *record);
+/* Also of places that do not exist. */
+bool bsu_storage_is_given(struct bsu_storage *storage, uint32_t place);
 /* Whether @data is what the record says was preserved for @unit. */
 bool bsu_record_holds(const struct bsu_record *record, uint64_t unit, const void *data, uint32_t length);
 
@@ -236,7 +258,7 @@ enum bsu_settling {
 };
 
 struct bsu_device {
-	uint64_t size;
+	_Atomic uint64_t size;
 	uint32_t block;
 	uint32_t unit;
 	unsigned int unit_shift;
@@ -276,23 +298,31 @@ struct bsu_image {
 	struct bsu_map map;		/* what was preserved */
 	struct bsu_map written;		/* what was written to the image itself; changed by its queue alone */
 	uint32_t serial;
-	_Atomic uint64_t *before;	/* bitmaps of the intervals that end and begin with it */
-	_Atomic uint64_t *after;
+	/* Bitmaps of the intervals that end and begin with it. */
+	_Atomic(_Atomic uint64_t *) before;
+	_Atomic(_Atomic uint64_t *) after;
+	uint64_t size;
 	uint64_t released;		/* directory entries given back */
 	_Atomic bool taken;
 	_Atomic int queues;		/* one at most */
 	_Atomic int users;		/* queues, and I/O in flight that may use its map */
 };
 
-static inline uint64_t bsu_device_units(const struct bsu_device *dev)
+static inline uint64_t bsu_device_size(const struct bsu_device *dev)
 {
-	return (dev->size + dev->unit - 1) >> dev->unit_shift;
+	return atomic_load_explicit(&dev->size, memory_order_relaxed);
+}
+
+/* Devices grow, images do not. */
+static inline uint64_t bsu_image_units(const struct bsu_image *image)
+{
+	return (image->size + image->dev->unit - 1) >> image->dev->unit_shift;
 }
 
 /* Bytes of @count units from @unit on that lie on the device. */
 static inline uint64_t bsu_units_bytes(const struct bsu_device *dev, uint64_t unit, uint64_t count)
 {
-	return min_u64((unit + count) << dev->unit_shift, dev->size) - (unit << dev->unit_shift);
+	return min_u64((unit + count) << dev->unit_shift, bsu_device_size(dev)) - (unit << dev->unit_shift);
 }
 
 void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t length);
@@ -300,6 +330,17 @@ void bsu_device_mark_range(struct bsu_device *dev, uint64_t start, uint64_t leng
 void bsu_mark_range(const struct bsu_device *dev, _Atomic uint64_t *bitmap, uint64_t start, uint64_t length);
 void bsu_device_swallow(struct bsu_device *dev, uint64_t start, uint64_t length);
 void bsu_device_unswallow(struct bsu_device *dev, uint64_t start, uint64_t length);
+
+/* An image that a former process had: the youngest of its device from now on, which has no queue yet. */
+int bsu_view_adopt(struct bsu_image *image);
+
+/* ---- adopt.c: maps of a former process ---- */
+
+/*
+ * Checks that tables and leaves of @map exist and are used once, or by a map of
+ * @chain at the same place too. -EBADMSG otherwise: it must not be used.
+ */
+int bsu_map_adopt(const struct bsu_map *map, const struct bsu_chain *chain);
 
 /* ---- chain.c: what the images of a chain have ---- */
 

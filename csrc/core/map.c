@@ -16,10 +16,14 @@ void bsu_map_init(struct bsu_map *map, struct bsu_arena *arena, void *directory,
 	pthread_mutex_init(&map->lock, NULL);
 }
 
+/* A device may have grown since: what lies beyond the map is in none of its leaves. */
 static struct bsu_table *table_of(const struct bsu_map *map, uint64_t unit)
 {
-	uint32_t index = atomic_load_explicit(&map->directory[unit / BSU_TABLE_UNITS], memory_order_acquire);
+	uint32_t index;
 
+	if (unit / BSU_TABLE_UNITS >= map->entries)
+		return NULL;
+	index = atomic_load_explicit(&map->directory[unit / BSU_TABLE_UNITS], memory_order_acquire);
 	return index ? bsu_arena_table(map->arena, index) : NULL;
 }
 
@@ -99,6 +103,14 @@ void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot)
 	struct bsu_leaf *leaf = leaf_in(map, table_of(map, unit), unit);
 
 	atomic_store_explicit(&leaf->slot[unit % BSU_LEAF_UNITS], slot, memory_order_release);
+}
+
+bool bsu_map_publish_first(struct bsu_map *map, uint64_t unit, uint32_t slot)
+{
+	struct bsu_leaf *leaf = leaf_in(map, table_of(map, unit), unit);
+	uint32_t empty = BSU_SLOT_EMPTY;
+
+	return atomic_compare_exchange_strong(&leaf->slot[unit % BSU_LEAF_UNITS], &empty, slot);
 }
 
 int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count)

@@ -164,12 +164,14 @@ bool bsu_waited(struct bsu_queue *queue, struct bsu_request *rq, enum bsu_wait w
 	return true;
 }
 
-static bool is_valid(const struct bsu_device *dev, const struct bsu_request *rq)
+static bool is_valid(const struct bsu_queue *queue, const struct bsu_request *rq)
 {
+	uint64_t size = queue->image ? queue->image->size : bsu_device_size(queue->dev);
+
 	if (rq->op == BSU_OP_FLUSH)
 		return true;
-	return rq->length && rq->start < dev->size && rq->length <= dev->size - rq->start &&
-	       !((rq->start | rq->length) & (dev->block - 1));
+	return rq->length && rq->start < size && rq->length <= size - rq->start &&
+	       !((rq->start | rq->length) & (queue->dev->block - 1));
 }
 
 void bsu_queue_request(struct bsu_queue *queue, struct bsu_request *rq)
@@ -183,7 +185,7 @@ void bsu_queue_request(struct bsu_queue *queue, struct bsu_request *rq)
 	rq->waiting_since = 0;
 	rq->buf = NULL;
 	rq->task = (struct bsu_task) { .queue = queue };
-	if (!is_valid(queue->dev, rq))
+	if (!is_valid(queue, rq))
 		bsu_request_end(queue, rq, -EINVAL);
 	else if (queue->image)
 		bsu_image_request(queue, rq);

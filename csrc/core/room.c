@@ -30,7 +30,10 @@ void bsu_storage_set_rate(struct bsu_storage *storage, uint64_t bytes_per_s)
 
 uint64_t bsu_room_limit(const struct bsu_storage *storage)
 {
-	return atomic_load_explicit(&storage->wait_ns, memory_order_relaxed);
+	uint64_t wait = atomic_load_explicit(&storage->wait_ns, memory_order_relaxed);
+
+	/* After a death, room comes with the end of quarantine. */
+	return atomic_load_explicit(&storage->quarantined, memory_order_relaxed) ? max_u64(wait, BSU_QUARANTINE_WAIT_NS) : wait;
 }
 
 void bsu_room_changed(struct bsu_storage *storage)
@@ -58,7 +61,7 @@ bool bsu_room_wait(struct bsu_storage *storage, enum bsu_places_for whom, struct
 	bool waits;
 
 	pthread_mutex_lock(&storage->lock);
-	waits = atomic_load_explicit(&storage->wait_ns, memory_order_relaxed) && !bsu_storage_room(storage, whom);
+	waits = bsu_room_limit(storage) && !bsu_storage_room(storage, whom);
 	if (waits) {
 		bsu_tasks_push(&storage->room_waiters, task);
 		atomic_fetch_add_explicit(&state->waiting, 1, memory_order_relaxed);

@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define BSU_STATE_VERSION 3u
+#define BSU_STATE_VERSION 4u
 #define BSU_STORAGE_MAGIC 0x53555342u	/* "BSUS" */
 #define BSU_IMAGE_MAGIC 0x49555342u	/* "BSUI" */
 
@@ -47,9 +47,15 @@ _Static_assert(sizeof(struct bsu_leaf) == 256, "16 leaves fill a map page");
 _Static_assert(sizeof(struct bsu_table) == 4096, "a table fills a map page");
 
 /*
- * What a place holds; complete before the place is published. @owner: map
- * serial in the upper 24 bits, unit in the lower 40. @check covers the rest.
+ * What a place holds; complete before the place is published, and cleared when
+ * it is given back: so after a death maps can be checked against records.
+ * @owner: serial of the image in the upper 24 bits, then one bit for what was
+ * written to the image itself, then the unit. @check covers the rest.
  */
+#define BSU_OWNER_UNIT_BITS 39
+#define BSU_OWNER_WRITTEN (1ull << BSU_OWNER_UNIT_BITS)
+#define BSU_OWNER_SERIAL_SHIFT (BSU_OWNER_UNIT_BITS + 1)
+
 struct bsu_record {
 	uint64_t owner;
 	uint32_t data_crc;
@@ -89,12 +95,14 @@ struct bsu_image_state {
 	_Atomic uint64_t preserved;	/* units */
 	uint64_t directory_entries;
 	_Atomic uint64_t written;	/* units that were written to the image itself */
+	_Atomic uint32_t releasing;	/* 1: its places are being given back */
+	uint32_t pad;
 	/*
 	 * From BSU_IMAGE_HEADER on: _Atomic uint32_t directory[] of the map of what
 	 * was preserved, then that of the map of what was written to the image.
 	 */
 };
 
-_Static_assert(sizeof(struct bsu_image_state) == 56, "shared with the control process");
+_Static_assert(sizeof(struct bsu_image_state) == 64, "shared with the control process");
 
 #endif

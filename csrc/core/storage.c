@@ -3,15 +3,37 @@
  * Difference storage: an ordered list of areas whose places are given out in
  * order, round and round, so that writes to it are sequential whatever the
  * origin's workload is. Areas are only ever added; looking one up takes no lock.
- * Which places are free is private memory: after a death it follows from maps.
+ * Which places are free is private memory: after a death all that were ever
+ * given out are in quarantine, until it follows from the maps which are not.
  */
 #include <stdlib.h>
+#include <string.h>
 
 #include "internal.h"
 
-#define UNIT_BITS 40
 #define IMAGE_WRITE_SHARE 8	/* one part in so many is left to copies by image writes */
-#define UNIT_MASK ((1ull << UNIT_BITS) - 1)
+#define UNIT_MASK (BSU_OWNER_WRITTEN - 1)
+#define QUARANTINE_SLICE (1u << 18)	/* places */
+
+/* What a former process left; it is not trusted further than can be checked. */
+static bool fits(const struct bsu_storage_state *state, uint32_t unit)
+{
+	return state->magic == BSU_STORAGE_MAGIC && state->version == BSU_STATE_VERSION && state->unit == unit &&
+	       atomic_load(&state->high_water) <= BSU_PLACES_MAX;
+}
+
+static void adopt(struct bsu_storage *storage)
+{
+	struct bsu_storage_state *state = storage->state;
+
+	storage->adopted = MUTANT(BSU_MUTANT_NO_QUARANTINE) ? 0 : (uint32_t)atomic_load(&state->high_water);
+	storage->cursor = storage->adopted;
+	state->areas = 0;
+	atomic_store(&state->capacity, 0);
+	atomic_store(&state->used, 0);
+	memset(state->area_used, 0, sizeof(state->area_used));
+	atomic_store(&storage->quarantined, storage->adopted != 0);
+}
 
 struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int *err)
 {
@@ -20,6 +42,9 @@ struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int
 
 	*err = -EINVAL;
 	if (!state || config->unit < 512 || config->unit & (config->unit - 1))
+		return NULL;
+	*err = -EBADMSG;
+	if (config->adopt && !fits(state, config->unit))
 		return NULL;
 	*err = -ENOMEM;
 	storage = calloc(1, sizeof(*storage));
@@ -32,6 +57,8 @@ struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int
 	state->version = BSU_STATE_VERSION;
 	state->unit = config->unit;
 	atomic_store(&state->waiting, 0);
+	if (config->adopt)
+		adopt(storage);
 	*err = 0;
 	return storage;
 }
@@ -40,8 +67,10 @@ void bsu_storage_free(struct bsu_storage *storage)
 {
 	if (!storage)
 		return;
-	for (unsigned int at = 0; at < atomic_load(&storage->nr_areas); at++)
+	for (unsigned int at = 0; at < atomic_load(&storage->nr_areas); at++) {
 		free(storage->area[at].given);
+		free(storage->area[at].kept);
+	}
 	pthread_mutex_destroy(&storage->lock);
 	free(storage);
 }
@@ -56,6 +85,20 @@ size_t bsu_storage_records_bytes(const struct bsu_storage *storage, uint64_t len
 size_t bsu_storage_state_bytes(void)
 {
 	return (sizeof(struct bsu_storage_state) + BSU_MAP_PAGE - 1) / BSU_MAP_PAGE * BSU_MAP_PAGE;
+}
+
+/* Places of a new area that a former process gave out. */
+static uint32_t adopted_places(const struct bsu_storage *storage, uint64_t first, uint64_t count)
+{
+	return first < storage->adopted ? (uint32_t)min_u64(count, storage->adopted - first) : 0;
+}
+
+static void count_used(struct bsu_storage *storage, const struct bsu_area *area, int64_t places)
+{
+	struct bsu_storage_state *state = storage->state;
+
+	atomic_fetch_add_explicit(&state->used, (uint64_t)places, memory_order_relaxed);
+	atomic_fetch_add_explicit(&state->area_used[area - storage->area], (uint32_t)places, memory_order_release);
 }
 
 int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uint64_t offset, uint64_t length, void *records)
@@ -86,7 +129,11 @@ int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uin
 			.count = (uint32_t)count,
 			.records = records,
 			.given = given,
+			.adopted = adopted_places(storage, first, count),
 		};
+		for (uint32_t place = 0; place < storage->area[at].adopted; place++)
+			given[place / 64] |= 1ull << (place % 64);
+		count_used(storage, &storage->area[at], storage->area[at].adopted);
 		atomic_store_explicit(&storage->nr_areas, at + 1, memory_order_release);
 		storage->state->areas = at + 1;
 		atomic_store_explicit(&storage->state->capacity, first + count, memory_order_release);
@@ -172,14 +219,6 @@ static struct bsu_area *find_free(struct bsu_storage *storage, uint32_t *at)
 	return NULL;
 }
 
-static void count_used(struct bsu_storage *storage, const struct bsu_area *area, int64_t places)
-{
-	struct bsu_storage_state *state = storage->state;
-
-	atomic_fetch_add_explicit(&state->used, (uint64_t)places, memory_order_relaxed);
-	atomic_fetch_add_explicit(&state->area_used[area - storage->area], (uint32_t)places, memory_order_release);
-}
-
 /* storage.lock held. */
 static uint32_t take_run(struct bsu_storage *storage, struct bsu_area *area, uint32_t at, uint32_t want)
 {
@@ -239,6 +278,16 @@ bool bsu_storage_got_low(struct bsu_storage *storage)
 	return atomic_load_explicit(&storage->got_low, memory_order_relaxed) && atomic_exchange(&storage->got_low, false);
 }
 
+/* storage.lock held: places [begin, end) of the area, counted from its first, are free. */
+static void take_back(struct bsu_storage *storage, const struct bsu_area *area, uint32_t begin, uint32_t end)
+{
+	if (!MUTANT(BSU_MUTANT_KEEP_RECORDS))
+		memset(&area->records[begin], 0, (size_t)(end - begin) * sizeof(struct bsu_record));
+	for (uint32_t at = begin; at < end; at++)
+		area->given[at / 64] &= ~(1ull << (at % 64));
+	count_used(storage, area, -(int64_t)(end - begin));
+}
+
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count)
 {
 	pthread_mutex_lock(&storage->lock);
@@ -248,9 +297,7 @@ void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t co
 		uint32_t begin = first - area->first;
 		uint32_t end = (uint32_t)min_u64(area->count, (uint64_t)begin + count);
 
-		for (uint32_t at = begin; at < end; at++)
-			area->given[at / 64] &= ~(1ull << (at % 64));
-		count_used(storage, area, -(int64_t)(end - begin));
+		take_back(storage, area, begin, end);
 		first += end - begin;
 		count -= end - begin;
 	}
@@ -263,11 +310,64 @@ static uint32_t record_check(const struct bsu_record *record)
 	return bsu_crc32c(0x42535531u, record, offsetof(struct bsu_record, check));
 }
 
-void bsu_record_set(struct bsu_record *record, uint32_t serial, uint64_t unit, uint32_t data_crc)
+void bsu_record_set(struct bsu_record *record, uint32_t serial, bool written, uint64_t unit, uint32_t data_crc)
 {
-	record->owner = (uint64_t)serial << UNIT_BITS | (unit & UNIT_MASK);
+	record->owner = (uint64_t)serial << BSU_OWNER_SERIAL_SHIFT | (written ? BSU_OWNER_WRITTEN : 0) | (unit & UNIT_MASK);
 	record->data_crc = data_crc;
 	record->check = record_check(record);
+}
+
+bool bsu_record_is_whole(const struct bsu_record *record)
+{
+	return record->owner && record->check == record_check(record);
+}
+
+uint64_t bsu_record_unit(const struct bsu_record *record)
+{
+	return record->owner & UNIT_MASK;
+}
+
+bool bsu_storage_is_given(struct bsu_storage *storage, uint32_t place)
+{
+	const struct bsu_area *area;
+	bool given;
+
+	if (place >= atomic_load_explicit(&storage->state->capacity, memory_order_acquire))
+		return false;
+	area = bsu_storage_area(storage, place);
+	pthread_mutex_lock(&storage->lock);
+	given = !is_free(area, place - area->first);
+	pthread_mutex_unlock(&storage->lock);
+	return given;
+}
+
+int bsu_storage_end_quarantine(struct bsu_storage *storage)
+{
+	unsigned int areas = atomic_load(&storage->nr_areas);
+	uint32_t left = QUARANTINE_SLICE;
+
+	pthread_mutex_lock(&storage->lock);
+	while (left && storage->freeing < areas) {
+		struct bsu_area *area = &storage->area[storage->freeing];
+		uint32_t adopted = area->kept ? area->adopted : 0;
+		uint32_t end = (uint32_t)min_u64(adopted, (uint64_t)storage->freed + left);
+
+		left -= end - storage->freed;
+		for (; storage->freed < end; storage->freed++)
+			if (!(area->kept[storage->freed / 64] >> (storage->freed % 64) & 1))
+				take_back(storage, area, storage->freed, storage->freed + 1);
+		if (end == adopted) {
+			free(area->kept);
+			area->kept = NULL;
+			storage->freeing++;
+			storage->freed = 0;
+		}
+	}
+	if (storage->freeing == areas)
+		atomic_store(&storage->quarantined, false);
+	bsu_room_changed(storage);
+	pthread_mutex_unlock(&storage->lock);
+	return storage->freeing < areas;
 }
 
 bool bsu_record_holds(const struct bsu_record *record, uint64_t unit, const void *data, uint32_t length)

@@ -80,6 +80,22 @@ static struct bsu_view *view_change(const struct bsu_view *old, struct bsu_image
 	return view;
 }
 
+/* Before any queue of the device exists: nobody looks at the view that it replaces. */
+int bsu_view_adopt(struct bsu_image *image)
+{
+	struct bsu_device *dev = image->dev;
+	struct bsu_view *view;
+
+	if (dev->queues || dev->next_view || dev->settling != BSU_SETTLE_IDLE)
+		return -EBUSY;
+	view = view_change(atomic_load(&dev->view), image, NULL);
+	if (!view)
+		return -ENOMEM;
+	free(atomic_exchange(&dev->view, view));
+	atomic_store(&image->taken, true);
+	return 0;
+}
+
 /* The image before @image in its chain, which reads through the map of @image. */
 static struct bsu_image *older_neighbour(const struct bsu_device *dev, const struct bsu_image *image)
 {

@@ -39,10 +39,22 @@ static uint64_t leaf_mask(uint64_t leaf, uint64_t first, uint64_t last)
 	return mask;
 }
 
+/* Units of the leaf that lie on the image. */
+static uint64_t on_image(const struct bsu_image *image, uint64_t leaf)
+{
+	uint64_t units = bsu_image_units(image), first = leaf * BSU_LEAF_UNITS;
+
+	if (first + BSU_LEAF_UNITS <= units)
+		return ~0ull;
+	return first < units ? ~0ull >> (BSU_LEAF_UNITS - (units - first)) : 0;
+}
+
 /* Units of @mask in the leaf that image k lacks. */
 static uint64_t lacking(const struct bsu_chain *chain, unsigned int k, uint64_t leaf, uint64_t mask)
 {
 	uint64_t result = 0;
+
+	mask &= on_image(chain->image[k], leaf);
 
 	for (uint64_t rest = mask; rest; rest &= rest - 1) {
 		unsigned int at = (unsigned int)__builtin_ctzll(rest);

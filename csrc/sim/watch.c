@@ -83,7 +83,7 @@ int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected,
 		k++;
 	if (!chain || k == chain->nr_images)
 		return -ENOENT;
-	for (uint64_t unit = from; unit < bsu_device_units(dev); unit++) {
+	for (uint64_t unit = from; unit < bsu_image_units(image); unit++) {
 		uint32_t own = bsu_map_get(&image->written, unit);
 		uint32_t slot = own ? own : bsu_chain_slot(chain, k, unit);
 		uint64_t start = unit << dev->unit_shift;
@@ -98,7 +98,7 @@ int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected,
 
 			data = area->file->data + bsu_storage_offset(chain->storage, area, slot - 1);
 		}
-		if (memcmp(data, (const char *)expected + start, bsu_units_bytes(dev, unit, 1)))
+		if (memcmp(data, (const char *)expected + start, min_u64(dev->unit, image->size - start)))
 			return (int64_t)unit;
 	}
 	return -ENOENT;

@@ -10,12 +10,13 @@ from blksnap_ublk.engine.control import Control
 from blksnap_ublk.engine.counters import Counters
 from blksnap_ublk.engine.device import Device
 from blksnap_ublk.engine.file import File, FileInfo
-from blksnap_ublk.engine.image import Image, ImageStatus
+from blksnap_ublk.engine.image import Adopted, Image, ImageStatus
 from blksnap_ublk.engine.local_queue import LocalQueue
 from blksnap_ublk.engine.process import get_io_flusher, lock_memory, notify_fd, set_doorbell, set_io_flusher
 from blksnap_ublk.engine.py_queue import PyQueue, PyRequest
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.storage import ARENA_PORTION, STORAGE_STATE_BYTES, Arena, Storage
+from blksnap_ublk.engine.sweep import Sweep
 from blksnap_ublk.engine.switch import Closing, Late, NoRoom, replay_swallowed, settle, switch_all, wait_for_room
 from blksnap_ublk.engine.thread import Thread
 from blksnap_ublk.engine.ublk_queue import UblkQueue, UblkStatus
@@ -23,6 +24,7 @@ from blksnap_ublk.engine.ublk_queue import UblkQueue, UblkStatus
 __all__ = [
     "ARENA_PORTION",
     "STORAGE_STATE_BYTES",
+    "Adopted",
     "Arena",
     "Closing",
     "Control",
@@ -40,6 +42,7 @@ __all__ = [
     "PyQueue",
     "PyRequest",
     "Storage",
+    "Sweep",
     "Thread",
     "UblkQueue",
     "UblkStatus",

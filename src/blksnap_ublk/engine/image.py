@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Any
 
 from blksnap_ublk.engine._engine import ffi, lib
@@ -21,15 +22,28 @@ class ImageStatus(enum.IntEnum):
     GONE = lib.BSU_IMAGE_GONE
 
 
+@dataclass(frozen=True)
+class Adopted:
+    """An image that a former process had: its size in bytes, and the bitmaps before and after it, where writes to it
+    are marked; none for one that is not served any more. They are kept until it is closed."""
+
+    size: int
+    bitmaps: tuple[Any, Any] | None = None
+
+
 class Image(Handle):
     """One image of a device. It shows nothing before it was taken; it can be closed when it was dropped and settled."""
 
     _name = "image"
 
-    def __init__(self, device: Device, storage: Storage, arena: Arena, state: Any, *, serial: int) -> None:
+    def __init__(
+        self, device: Device, storage: Storage, arena: Arena, state: Any, *, serial: int, adopt: Adopted | None = None
+    ) -> None:
         """`state`: state_bytes() zeroed, writable bytes, shared with whoever watches; kept until close.
 
-        `serial`: 1 to 2^24 - 1, names the map in the records of the storage.
+        `serial`: 1 to 2^24 - 1, names the map in the records of the storage. With `adopt` the state is what a former
+        process left; the image is the youngest of its device then, which has no queue yet (OSError EBUSY). OSError
+        EBADMSG when the state does not fit.
         """
         pinned = pin(state)
         self._state = pinned
@@ -43,10 +57,27 @@ class Image(Handle):
                 "serial": serial,
             },
         )
-        super().__init__(create(lib.bsu_image_new, config, what="image"))
+        self._bitmaps = [Pinned(bitmap) for bitmap in (adopt.bitmaps or () if adopt is not None else ())]
+        try:
+            super().__init__(self._adopt(config, adopt) if adopt else create(lib.bsu_image_new, config, what="image"))
+        except OSError:
+            self._release()
+            raise
         self.device = device
         self._parts = (storage.hold(), arena.hold())
-        self._bitmaps: list[Pinned] = []
+
+    def _adopt(self, config: Any, adopt: Adopted) -> Any:
+        before, after = (bitmap.pointer for bitmap in self._bitmaps) if self._bitmaps else (ffi.NULL, ffi.NULL)
+        error = ffi.new("int *")
+        pointer = lib.bsu_image_adopt(config, adopt.size, before, after, error)
+        if pointer == ffi.NULL:
+            check(error[0], "adopting an image")
+        return pointer
+
+    def _release(self) -> None:
+        ffi.release(self._state)
+        while self._bitmaps:
+            self._bitmaps.pop().let_go()
 
     @staticmethod
     def state_bytes(size: int, unit: int = 4096) -> int:
@@ -99,8 +130,6 @@ class Image(Handle):
 
     def _free(self, pointer: Any) -> None:
         check(lib.bsu_image_free(pointer), "closing an image")
-        ffi.release(self._state)
-        while self._bitmaps:
-            self._bitmaps.pop().let_go()
+        self._release()
         for part in self._parts:
             part.let_go()

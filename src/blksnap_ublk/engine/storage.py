@@ -28,14 +28,17 @@ class Arena(Handle):
         super().__init__(pointer)
         self._memory: list[Any] = []
 
-    def add(self, memory: Any) -> None:
-        """Adds a portion: exactly ARENA_PORTION zeroed bytes, writable, page aligned (an mmap). Kept until close."""
+    def add(self, memory: Any, *, adopt: bool = False) -> None:
+        """Adds a portion: exactly ARENA_PORTION zeroed bytes, writable, page aligned (an mmap). Kept until close.
+
+        With `adopt` it holds maps of a former process: to be added in their order, before any other (OSError EBUSY).
+        """
         pinned = pin(memory)
         if len(pinned) != ARENA_PORTION:
             ffi.release(pinned)
             raise ValueError(f"a portion of map memory has {ARENA_PORTION} bytes, not {len(pinned)}")
         try:
-            check(lib.bsu_arena_add(self.pointer, pinned), "map memory")
+            check((lib.bsu_arena_adopt if adopt else lib.bsu_arena_add)(self.pointer, pinned), "map memory")
         except OSError:
             ffi.release(pinned)
             raise
@@ -62,14 +65,23 @@ class Storage(Handle):
 
     _name = "storage"
 
-    def __init__(self, state: Any, *, unit: int = 4096) -> None:
-        """`state`: STORAGE_STATE_BYTES zeroed, writable bytes, shared with whoever watches; kept until close."""
+    def __init__(self, state: Any, *, unit: int = 4096, adopt: bool = False) -> None:
+        """`state`: STORAGE_STATE_BYTES zeroed, writable bytes, shared with whoever watches; kept until close.
+
+        With `adopt` it is what a former process left, and so are the records of the areas that are added: what that one
+        gave out is in quarantine. OSError(EBADMSG) when it does not fit.
+        """
         pinned = pin(state)
         if len(pinned) < STORAGE_STATE_BYTES:
             ffi.release(pinned)
             raise ValueError(f"the state of a storage has {STORAGE_STATE_BYTES} bytes, not {len(pinned)}")
-        config = ffi.new("struct bsu_storage_config *", {"unit": unit, "state": pinned})
-        super().__init__(create(lib.bsu_storage_new, config, what="difference storage"))
+        config = ffi.new("struct bsu_storage_config *", {"unit": unit, "state": pinned, "adopt": adopt})
+        try:
+            pointer = create(lib.bsu_storage_new, config, what="difference storage")
+        except OSError:
+            ffi.release(pinned)
+            raise
+        super().__init__(pointer)
         self._memory = [pinned]
         self._files: list[File] = []
 
@@ -103,6 +115,11 @@ class Storage(Handle):
     def set_rate(self, rate: int) -> None:
         """Copies may fill it with so many bytes a second, 0 for no limit; writers wait their turn."""
         lib.bsu_storage_set_rate(self.pointer, rate)
+
+    def end_quarantine(self) -> None:
+        """The I/O of former processes has ended, and the sweep: places that no map holds are free."""
+        while lib.bsu_storage_end_quarantine(self.pointer):
+            pass
 
     @property
     def capacity(self) -> int:

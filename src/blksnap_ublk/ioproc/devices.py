@@ -135,7 +135,7 @@ class Devices:
         if message.size <= 0 or message.tracking_block <= 0:
             raise OSError(errno.EINVAL, f"size {message.size}, tracking block {message.tracking_block}")
         with ExitStack() as undo:
-            origin = self._files.get(descriptors[0], storage=False)
+            origin = self._files.get(descriptors[0], storage=False, held=message.held)
             undo.callback(self._files.put, origin)
             room = origin.file.info.size
             if room < message.size:

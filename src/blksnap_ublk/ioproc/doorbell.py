@@ -2,6 +2,7 @@
 """The eventfd of the control process that this process rings."""
 
 import os
+from contextlib import suppress
 
 from blksnap_ublk import engine
 from blksnap_ublk.rpc.descriptors import Descriptors
@@ -24,6 +25,12 @@ class Doorbell:
         else:
             # The number stays: a thread may be about to write to it.
             os.dup2(descriptors[0], self._descriptor, inheritable=False)
+
+    def ring(self) -> None:
+        """There is something to look at."""
+        if self._descriptor >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_write(self._descriptor, 1)
 
     def close(self) -> None:
         """When no thread of the engine is left that could ring."""

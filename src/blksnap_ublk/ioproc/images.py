@@ -8,8 +8,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from blksnap_ublk.engine import Image, ImageStatus, UblkQueue, UblkStatus
-from blksnap_ublk.ioproc.devices import FINISH_LIMIT, OPEN_LIMIT, Devices, FilteredDevice, backend_info, expect
+from blksnap_ublk.engine import Adopted, Image, ImageStatus, UblkQueue, UblkStatus
+from blksnap_ublk.ioproc.devices import (
+    FINISH_LIMIT,
+    OPEN_LIMIT,
+    Devices,
+    FilteredDevice,
+    backend_info,
+    bitmap_bytes,
+    expect,
+)
 from blksnap_ublk.ioproc.image_threads import ImageThread, ImageThreads
 from blksnap_ublk.ioproc.messages import (
     BreakStorage,
@@ -36,7 +44,8 @@ MAX_ERRNO = 4095
 class HeldImage:
     """An image. `taken`: it is, or was, in its device's set; `dropped`: it is out of it, about to be forgotten.
 
-    `bitmaps`: of the intervals before and after it, where writes to it are marked.
+    `bitmaps`: of the intervals before and after it, where writes to it are marked. `unswept`: it was adopted, and its
+    map is not checked yet.
     """
 
     name: str
@@ -52,11 +61,18 @@ class HeldImage:
     queues: list[UblkQueue] = field(default_factory=list)
     bitmaps: list[StateMap] = field(default_factory=list)
     reported: ImageStatus = ImageStatus.ACTIVE
+    unswept: bool = False
 
     @property
     def serving(self) -> bool:
         """Whether its queue is armed."""
         return bool(self.queues) and all(queue.status is UblkStatus.ARMED for queue in self.queues)
+
+
+def refuse_unswept(image: HeldImage) -> None:
+    """Raises OSError(EBUSY)."""
+    if image.unswept:
+        raise OSError(errno.EBUSY, f"image {image.name!r} was adopted and is not checked yet")
 
 
 class Images:
@@ -81,22 +97,68 @@ class Images:
         return list(self._images.values())
 
     def open(self, message: OpenImage, descriptors: Descriptors) -> None:
-        """Raises OSError; EEXIST for a name that is taken, EINVAL for a storage of another unit or a wrong serial."""
-        expect(descriptors, 1, message)
+        """Raises OSError; EEXIST for a name that is taken, EINVAL for a storage of another unit or a wrong serial.
+
+        Of an image to adopt: EBADMSG when its state does not fit, EBUSY when its device is served.
+        """
+        if not message.adopt:
+            expect(descriptors, 1, message)
         if message.image in self._images:
             raise OSError(errno.EEXIST, f"there is an image {message.image!r} already")
         device = self._devices.find(message.device)
         storage = self._storages.find(message.storage)
-        state = StateMap(descriptors[0], Image.state_bytes(device.size, device.unit), "image state")
-        try:
-            arena = self._map_memory.arena
-            image = Image(device.device, storage.storage, arena, state.memory, serial=message.serial)
-        except BaseException:
-            state.close()
-            raise
-        self._images[message.image] = HeldImage(message.image, device, storage, image, state)
+        size = message.size if message.adopt else device.size
+        with ExitStack() as undo:
+            state = StateMap(descriptors[0], Image.state_bytes(size, device.unit), "image state")
+            undo.callback(state.close)
+            bitmaps = [] if not message.adopt else self._bitmaps(message, device, descriptors, undo)
+            both = (bitmaps[0].memory, bitmaps[1].memory) if bitmaps else None
+            try:
+                image = Image(
+                    device.device,
+                    storage.storage,
+                    self._map_memory.arena,
+                    state.memory,
+                    serial=message.serial,
+                    adopt=Adopted(size, both) if message.adopt else None,
+                )
+            except OSError as error:
+                if error.errno == errno.EBADMSG:
+                    self._break_older(device, storage)
+                raise
+            undo.pop_all()
+        opened = HeldImage(message.image, device, storage, image, state, bitmaps=bitmaps, unswept=message.adopt)
+        self._images[message.image] = opened
         device.images.add(message.image)
         storage.images.add(message.image)
+        if message.adopt:
+            opened.taken = True
+            device.taken.add(message.image)
+
+    def _break_older(self, device: FilteredDevice, storage: DifferenceStorage) -> None:
+        """They may read through the map of one that does not fit."""
+        for name in device.images & storage.images:
+            self._images[name].image.break_(ImageStatus.CORRUPTED, errno.EBADMSG)
+
+    @staticmethod
+    def _bitmaps(
+        message: OpenImage, device: FilteredDevice, descriptors: Descriptors, undo: ExitStack
+    ) -> list[StateMap]:
+        """Those before and after an image to adopt, which may be as small as the device was then."""
+        if message.size <= 0 or message.size > device.size:
+            raise OSError(errno.EINVAL, f"an image of {message.size} bytes of a device of {device.size}")
+        if len(descriptors) not in (1, 3):
+            raise OSError(errno.EINVAL, f"OpenImage came with {len(descriptors)} descriptors, not 1 or 3")
+        least = bitmap_bytes(message.size, device.tracking_block)
+        found = []
+        for index in range(1, len(descriptors)):
+            found.append(StateMap(descriptors[index], least, "bitmap of an image"))
+            undo.callback(found[-1].close)
+        return found
+
+    def unswept(self) -> list[HeldImage]:
+        """Those that were adopted and wait for the end of a sweep."""
+        return [image for image in self._images.values() if image.unswept]
 
     def exempt(self, message: Exempt) -> None:
         """Raises OSError; EINVAL for what is no range of whole units, or an image that is taken; ENOMEM."""
@@ -122,6 +184,7 @@ class Images:
             raise OSError(errno.EBUSY, f"image {image.name!r} is served already, or was and is not finished")
         if not image.taken or image.dropped:
             raise OSError(errno.EINVAL, f"image {image.name!r} is not taken")
+        refuse_unswept(image)
         if image.device.char < 0:
             raise OSError(
                 errno.EINVAL, f"device {image.device.name!r} is not served, so it has no barrier for its images"

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from blksnap_ublk.engine import Closing, Late, NoRoom, replay_swallowed, switch_all, wait_for_room
 from blksnap_ublk.ioproc.devices import SETTLE_LIMIT, Devices, FilteredDevice, bitmap_bytes, expect
-from blksnap_ublk.ioproc.images import HeldImage, Images
+from blksnap_ublk.ioproc.images import HeldImage, Images, refuse_unswept
 from blksnap_ublk.ioproc.messages import Drop, Take
 from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.rpc.descriptors import Descriptors
@@ -86,6 +86,7 @@ class Instants:
         if image.char >= 0:
             raise OSError(errno.EBUSY, f"image {image.name!r} is served; it must be finished first")
         device = image.device
+        refuse_unswept(image)
         if image.taken and not image.dropped:
             self._leave_device(image)
             image.dropped = True

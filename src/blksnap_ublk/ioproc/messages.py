@@ -24,13 +24,17 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class OpenDevice(msgspec.Struct, tag="open-device", frozen=True):
-    """Make a filtered device. Descriptors: origin, active bitmap file, swallowed-trims file."""
+    """Make a filtered device. Descriptors: origin, active bitmap file, swallowed-trims file.
+
+    `held`: the name under which the keeper holds the first of them; see Held.
+    """
 
     device: str
     size: int
     block: int
     unit: int
     tracking_block: int
+    held: str = ""
 
 
 class ServeDevice(msgspec.Struct, tag="serve-device", frozen=True):
@@ -59,10 +63,15 @@ class CloseDevice(msgspec.Struct, tag="close-device", frozen=True):
 
 
 class OpenStorage(msgspec.Struct, tag="open-storage", frozen=True):
-    """Make a difference storage without areas. Descriptors: storage state file."""
+    """Make a difference storage without areas. Descriptors: storage state file.
+
+    With `adopt` that file, and the records files of the areas that follow, are what a former io process left. What it
+    ever gave out counts as used until Sweep and EndQuarantine. Refused with EBADMSG when the file does not fit.
+    """
 
     storage: str
     unit: int
+    adopt: bool = False
 
 
 class AddArea(msgspec.Struct, tag="add-area", frozen=True):
@@ -70,12 +79,14 @@ class AddArea(msgspec.Struct, tag="add-area", frozen=True):
 
     `beneath`: the device on whose origin it lies, which is the first descriptor then; trims of that range which were
     swallowed are forgotten. The range is exempt in all images of that device that are taken while the area is used.
+    `held`: the name under which the keeper holds the first descriptor; see Held.
     """
 
     storage: str
     offset: int
     length: int
     beneath: str | None = None
+    held: str = ""
 
 
 class SetStorage(msgspec.Struct, tag="set-storage", frozen=True):
@@ -108,19 +119,30 @@ class CloseStorage(msgspec.Struct, tag="close-storage", frozen=True):
 class AddMapMemory(msgspec.Struct, tag="add-map-memory", frozen=True):
     """Add portions of map memory. Descriptors: one file for each portion (16 MiB, allocated and zeroed).
 
-    The inventory tells which of them were added if it is refused.
+    The inventory tells which of them were added if it is refused. With `adopt` they hold maps that a former io process
+    left: all of them have to be added, in the order in which they were first added, before any other. Nothing is given
+    out of them before Sweep.
     """
 
     portions: list[str]
+    adopt: bool = False
 
 
 class OpenImage(msgspec.Struct, tag="open-image", frozen=True):
-    """Make an image that is not taken yet. Descriptors: image state file."""
+    """Make an image that is not taken yet. Descriptors: image state file.
+
+    With `adopt` that file is what a former io process left, and the image, of `size` bytes, becomes the youngest of
+    its device, which is not served yet: so oldest first. Its storage and the map memory were adopted before. Two more
+    descriptors are the bitmaps before and after it, where writes to it are marked; an image that is about to be
+    dropped needs none. Refused with EBADMSG when the file does not fit, with EBUSY when the device is served.
+    """
 
     image: str
     device: str
     storage: str
     serial: int
+    size: int = 0
+    adopt: bool = False
 
 
 class Exempt(msgspec.Struct, tag="exempt", frozen=True):
@@ -194,6 +216,40 @@ class Drop(msgspec.Struct, tag="drop", frozen=True):
     image: str
 
 
+class Sweep(msgspec.Struct, tag="sweep", frozen=True):
+    """All that a former io process left has been adopted: its maps are checked against their records from now on, in
+    slices; then map memory that none of them uses is free.
+
+    An image whose map does not fit is corrupted (EBADMSG). `lost`: the serials of images that could not be adopted.
+    `Inventory.swept` tells when it has ended; until then no adopted image is served or dropped (EBUSY).
+    """
+
+    lost: list[int]
+
+
+class EndQuarantine(msgspec.Struct, tag="end-quarantine", frozen=True):
+    """The storage I/O of former io processes has ended: places that no map holds are free, after the sweep."""
+
+
+class ResizeDevice(msgspec.Struct, tag="resize-device", frozen=True):
+    """The origin has grown to `size` bytes. Descriptors: the active bitmap and the swallowed-trims file for that size,
+    zeroed; they get what the former ones hold. Images keep their size. Refused with ETIMEDOUT when writes do not come
+    to rest within 2 s, with EINVAL for a device that would shrink.
+    """
+
+    device: str
+    size: int
+
+
+class Held(msgspec.Struct, tag="held", frozen=True):
+    """For a keeper that has lost them: the descriptors that `held` of OpenDevice and AddArea named.
+
+    Answered with at most 200 of them, from the one with the number `first` on, and their names in `Done.held`.
+    """
+
+    first: int
+
+
 class Mark(msgspec.Struct, tag="mark", frozen=True):
     """Force ranges of (start, length) into the next increment."""
 
@@ -227,6 +283,10 @@ Message = (
     | FinishImage
     | Take
     | Drop
+    | Sweep
+    | EndQuarantine
+    | ResizeDevice
+    | Held
     | Mark
     | Status
     | Shutdown
@@ -277,7 +337,10 @@ class StorageReport(msgspec.Struct, frozen=True):
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """All that the io process holds. `pid`: what START_DEV wants."""
+    """All that the io process holds. `pid`: what START_DEV wants.
+
+    `lifeboat`: its forerunners died again and again. `swept`: nothing that was adopted waits for the end of a sweep.
+    """
 
     version: int
     pid: int
@@ -287,6 +350,8 @@ class Inventory(msgspec.Struct, frozen=True):
     map_memory: int
     map_memory_free: int
     portions: list[str]
+    lifeboat: bool = False
+    swept: bool = True
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):
@@ -295,6 +360,7 @@ class Done(msgspec.Struct, tag="done", frozen=True):
     inventory: Inventory | None = None
     gate_us: int = 0
     gate_writes_us: int = 0
+    held: list[str] = []
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
@@ -307,4 +373,4 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 Answer = Done | Refused
 
-VERSION = 3
+VERSION = 4

@@ -17,22 +17,29 @@ from blksnap_ublk.ioproc.instants import Instants, LateMember
 from blksnap_ublk.ioproc.messages import Done, Refused
 from blksnap_ublk.ioproc.shared_files import SharedFiles
 from blksnap_ublk.ioproc.storages import MapMemory, Storages
+from blksnap_ublk.ioproc.sweeping import Sweeping
 from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.rpc.loop import Loop
 from blksnap_ublk.rpc.server import Reply, Server
 
 log = logging.getLogger(__name__)
 
+HELD_LIMIT = 200
+
 
 class IoServer:
     """Answers messages on `listener` from `loop`, one at a time. Connections may come and go: nothing depends on them.
 
-    `ring_lock`: the flocked file for the storage rings, or -1; `io_flusher`: whether threads are to be I/O flushers.
+    `ring_lock`: the flocked file for the storage rings, or -1; `io_flusher`: whether threads are to be I/O flushers;
+    `lifeboat`: what the inventory says of it.
     """
 
-    def __init__(self, loop: Loop, listener: socket.socket, *, ring_lock: int, io_flusher: bool) -> None:
+    def __init__(
+        self, loop: Loop, listener: socket.socket, *, ring_lock: int, io_flusher: bool, lifeboat: bool = False
+    ) -> None:
         self._loop = loop
-        files = SharedFiles()
+        self._lifeboat = lifeboat
+        self._files = files = SharedFiles()
         self._devices = Devices(files, lock_fd=ring_lock, io_flusher=io_flusher)
         self._storages = Storages(files)
         self._map_memory = MapMemory()
@@ -40,6 +47,7 @@ class IoServer:
         self._images = Images(self._devices, self._storages, self._map_memory, threads)
         self._instants = Instants(loop, self._devices, self._images)
         self._doorbell = Doorbell()
+        self._sweeping = Sweeping(loop, self._storages, self._images, self._map_memory, self._doorbell.ring)
         self._notify = engine.notify_fd()
         loop.watch(self._notify, self._on_notify)
         self._server = Server(loop, listener, cast("type[messages.Message]", messages.Message), self._handle, refuse)
@@ -52,7 +60,13 @@ class IoServer:
 
     def _handle(self, message: messages.Message, descriptors: Descriptors) -> Reply:
         log.debug("%s", message)
+        if isinstance(message, messages.Held):
+            return self._held(message.first)
         return Reply(self._answer(message, descriptors))
+
+    def _held(self, first: int) -> Reply:
+        found = self._files.held()[first : first + HELD_LIMIT]
+        return Reply(Done(held=[name for name, _ in found]), [descriptor for _, descriptor in found])
 
     def _answer(self, message: messages.Message, descriptors: Descriptors) -> Done:
         match message:
@@ -102,6 +116,10 @@ class IoServer:
                 return Done(gate_us=closing.ns // 1000, gate_writes_us=closing.writes_ns // 1000)
             case messages.Drop():
                 self._instants.drop(message)
+            case messages.Sweep():
+                self._sweeping.begin(message)
+            case messages.EndQuarantine():
+                self._sweeping.end_quarantine()
             case messages.Shutdown():
                 log.info("told to end")
                 self._loop.later(0, self._loop.stop)
@@ -117,6 +135,8 @@ class IoServer:
             map_memory=self._map_memory.arena.total,
             map_memory_free=self._map_memory.arena.free,
             portions=list(self._map_memory.portions),
+            lifeboat=self._lifeboat,
+            swept=self._sweeping.swept,
         )
 
     def _on_notify(self) -> None:

@@ -3,18 +3,20 @@
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blksnap_ublk.engine import File
 
 
 @dataclass
 class SharedFile:
-    """A file with its users counted."""
+    """A file with its users counted. `held`: the names under which the keeper holds its `descriptor`."""
 
     file: File
     key: tuple[bool, bool, int, int]
+    descriptor: int
     users: int = 1
+    held: set[str] = field(default_factory=set)
 
 
 class SharedFiles:
@@ -23,17 +25,27 @@ class SharedFiles:
     def __init__(self) -> None:
         self._files: dict[tuple[bool, bool, int, int], SharedFile] = {}
 
-    def get(self, descriptor: int, *, storage: bool) -> SharedFile:
-        """The file of `descriptor`, which stays the caller's. Raises OSError; EINVAL for what has no blocks."""
+    def get(self, descriptor: int, *, storage: bool, held: str = "") -> SharedFile:
+        """The file of `descriptor`, which stays the caller's. Raises OSError; EINVAL for what has no blocks.
+
+        `held`: the name under which the keeper holds the descriptor, or nothing.
+        """
         status = os.fstat(descriptor)
         is_device = stat.S_ISBLK(status.st_mode)
         key = (storage, is_device, *((status.st_rdev, 0) if is_device else (status.st_dev, status.st_ino)))
         shared = self._files.get(key)
         if shared is None:
-            shared = self._files[key] = SharedFile(File(descriptor, storage=storage), key)
+            file = File(descriptor, storage=storage)
+            shared = self._files[key] = SharedFile(file, key, os.dup(descriptor))
         else:
             shared.users += 1
+        if held:
+            shared.held.add(held)
         return shared
+
+    def held(self) -> list[tuple[str, int]]:
+        """The descriptors that the keeper holds too, by their names, in the order of these."""
+        return sorted((name, shared.descriptor) for shared in self._files.values() for name in shared.held)
 
     def put(self, shared: SharedFile) -> None:
         """One user less; the last one's file is closed."""
@@ -41,3 +53,4 @@ class SharedFiles:
         if shared.users == 0:
             del self._files[shared.key]
             shared.file.close()
+            os.close(shared.descriptor)

@@ -17,7 +17,7 @@ WAIT_LIMIT_MS = 1_000_000_000_000
 
 @dataclass
 class DifferenceStorage:
-    """A storage; `images` are those that use it."""
+    """A storage; `images` are those that use it. `adopted`: its quarantine has not ended."""
 
     name: str
     storage: Storage
@@ -25,6 +25,7 @@ class DifferenceStorage:
     files: list[SharedFile] = field(default_factory=list)
     records: list[StateMap] = field(default_factory=list)
     images: set[str] = field(default_factory=set)
+    adopted: bool = False
 
 
 class Storages:
@@ -33,6 +34,10 @@ class Storages:
     def __init__(self, files: SharedFiles) -> None:
         self._files = files
         self._storages: dict[str, DifferenceStorage] = {}
+
+    def adopted(self) -> list[DifferenceStorage]:
+        """Those whose quarantine has not ended."""
+        return [storage for storage in self._storages.values() if storage.adopted]
 
     def find(self, name: str) -> DifferenceStorage:
         """Raises OSError(ENOENT)."""
@@ -48,11 +53,11 @@ class Storages:
             raise OSError(errno.EEXIST, f"there is a storage {message.storage!r} already")
         state = StateMap(descriptors[0], STORAGE_STATE_BYTES, "storage state")
         try:
-            storage = Storage(state.memory, unit=message.unit)
+            storage = Storage(state.memory, unit=message.unit, adopt=message.adopt)
         except BaseException:
             state.close()
             raise
-        self._storages[message.storage] = DifferenceStorage(message.storage, storage, state)
+        self._storages[message.storage] = DifferenceStorage(message.storage, storage, state, adopted=message.adopt)
 
     def add_area(self, message: AddArea, descriptors: Descriptors) -> None:
         """Raises OSError; EINVAL for an area outside of its file, or smaller than a unit."""
@@ -61,7 +66,7 @@ class Storages:
         if message.offset < 0 or message.length <= 0:
             raise OSError(errno.EINVAL, f"{message.offset}+{message.length} is no area")
         with ExitStack() as undo:
-            shared = self._files.get(descriptors[0], storage=True)
+            shared = self._files.get(descriptors[0], storage=True, held=message.held)
             undo.callback(self._files.put, shared)
             info = shared.file.info
             if message.offset + message.length > info.size:
@@ -111,15 +116,19 @@ class Storages:
 
 
 class MapMemory:
-    """The arena; portions are added and never taken away."""
+    """The arena; portions are added and never taken away. `adopted`: some hold maps that wait for a sweep."""
 
     def __init__(self) -> None:
         self.arena = Arena()
         self.portions: list[str] = []
+        self.adopted = False
         self._maps: list[StateMap] = []
 
     def add(self, message: AddMapMemory, descriptors: Descriptors) -> None:
-        """Raises OSError; EEXIST for a portion that was added before. Those added before a failure stay."""
+        """Raises OSError; EEXIST for a portion that was added before, EBUSY for one to adopt that comes too late.
+
+        Those added before a failure stay.
+        """
         expect(descriptors, len(message.portions), message)
         if len(set(message.portions)) < len(message.portions) or not set(message.portions).isdisjoint(self.portions):
             raise OSError(errno.EEXIST, "a portion is named twice, or was added before")
@@ -134,13 +143,14 @@ class MapMemory:
             undo.pop_all()
         for position, (name, memory) in enumerate(zip(message.portions, maps, strict=True)):
             try:
-                self.arena.add(memory.memory)
+                self.arena.add(memory.memory, adopt=message.adopt)
             except BaseException:
                 for unused in maps[position:]:
                     unused.close()
                 raise
             self.portions.append(name)
             self._maps.append(memory)
+            self.adopted |= message.adopt
 
     def close(self) -> None:
         """When no image is left."""

@@ -25,12 +25,12 @@ RECORD_BYTES = 16
 _ZEROES = bytes(1 << 20)
 _STORAGE_MAGIC = 0x53555342
 _IMAGE_MAGIC = 0x49555342
-_VERSION = 3
+_VERSION = 4
 # magic, version, unit, areas, high_water, capacity, used, full, waiting, pad; then what is used of each area
 _STORAGE = struct.Struct("<IIIIQQQII16x")
 _AREAS_MAX = 4096
 # magic, version, size, unit, serial, status, error, preserved, directory_entries, written
-_IMAGE = struct.Struct("<IIQIIIiQQQ")
+_IMAGE = struct.Struct("<IIQIIIiQQQII")
 _IMAGE_HEADER = 4096
 _TABLE_UNITS = 64 * 1024
 
@@ -148,7 +148,7 @@ class StateFiles:
         head = self._head(name, _IMAGE.size)
         if head is None:
             return None
-        magic, version, _, unit, _, status, error, preserved, _, written = _IMAGE.unpack(head)
+        magic, version, _, unit, _, status, error, preserved, _, written, _, _ = _IMAGE.unpack(head)
         if magic != _IMAGE_MAGIC or version != _VERSION:
             return None
         known = ImageStatus(status) if status <= max(ImageStatus) else ImageStatus.CORRUPTED

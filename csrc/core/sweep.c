@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a former process left, checked in portions while the devices are served
+ * again: maps against records, records against maps; then what neither holds is
+ * free. New places and new map memory come from elsewhere meanwhile, so only
+ * the slots of adopted tables and the records below the former high-water mark
+ * are looked at.
+ *
+ *   SLOTS (of each table of each image) -> RECORDS (of each area) -> PAGES -> DONE
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "arena.h"
+#include "internal.h"
+
+#define RECORDS_SLICE 16384u
+#define PAGES_SLICE 1024u
+
+enum phase {
+	SLOTS = 0,
+	RECORDS,
+	PAGES,
+	DONE,
+};
+
+struct bsu_sweep {
+	struct bsu_arena *arena;
+	uint32_t *lost;
+	unsigned int nr_lost;
+	struct bsu_image **image;
+	unsigned int nr_images;
+	struct bsu_storage **storage;
+	unsigned int nr_storages;
+	enum phase phase;
+	unsigned int at;	/* image or storage */
+	bool written;		/* which of its maps */
+	uint64_t entry;		/* directory entry, or area */
+	uint32_t place;		/* of the area; or page */
+};
+
+struct bsu_sweep *bsu_sweep_new(struct bsu_arena *arena, const uint32_t *lost, unsigned int nr_lost, int *err)
+{
+	struct bsu_sweep *sweep = calloc(1, sizeof(*sweep));
+
+	*err = -ENOMEM;
+	if (!sweep)
+		return NULL;
+	sweep->lost = calloc(nr_lost ? nr_lost : 1, sizeof(*lost));
+	if (!sweep->lost) {
+		free(sweep);
+		return NULL;
+	}
+	if (nr_lost)
+		memcpy(sweep->lost, lost, nr_lost * sizeof(*lost));
+	sweep->nr_lost = nr_lost;
+	sweep->arena = arena;
+	*err = 0;
+	return sweep;
+}
+
+void bsu_sweep_free(struct bsu_sweep *sweep)
+{
+	if (!sweep)
+		return;
+	free(sweep->lost);
+	free(sweep->image);
+	free(sweep->storage);
+	free(sweep);
+}
+
+static int append(void *array, unsigned int *count, const void *object)
+{
+	const void ***objects = array;
+	const void **grown = realloc(*objects, (*count + 1) * sizeof(*grown));
+
+	if (!grown)
+		return -ENOMEM;
+	*objects = grown;
+	grown[(*count)++] = object;
+	return 0;
+}
+
+int bsu_sweep_add_image(struct bsu_sweep *sweep, struct bsu_image *image)
+{
+	return append(&sweep->image, &sweep->nr_images, image);
+}
+
+int bsu_sweep_add_storage(struct bsu_sweep *sweep, struct bsu_storage *storage)
+{
+	for (unsigned int at = 0; at < atomic_load(&storage->nr_areas); at++) {
+		struct bsu_area *area = &storage->area[at];
+
+		if (area->adopted && !area->kept)
+			area->kept = calloc((area->adopted + 63) / 64, sizeof(*area->kept));
+		if (area->adopted && !area->kept)
+			return -ENOMEM;
+	}
+	return append(&sweep->storage, &sweep->nr_storages, storage);
+}
+
+/* What is older in the chain may read through its map. */
+static void break_upto(const struct bsu_image *image)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&image->dev->view), image->storage);
+
+	for (unsigned int k = 0; chain && k < chain->nr_images; k++) {
+		bsu_image_break(chain->image[k], BSU_IMAGE_CORRUPTED, EBADMSG);
+		if (chain->image[k] == image)
+			break;
+	}
+}
+
+/* Whose the lost data were cannot be told. */
+static void break_all(const struct bsu_sweep *sweep, const struct bsu_storage *storage)
+{
+	for (unsigned int i = 0; i < sweep->nr_images; i++)
+		if (sweep->image[i]->storage == storage)
+			bsu_image_break(sweep->image[i], BSU_IMAGE_CORRUPTED, EBADMSG);
+}
+
+static void keep(struct bsu_area *area, uint32_t at)
+{
+	if (at < area->adopted)
+		area->kept[at / 64] |= 1ull << (at % 64);
+}
+
+/* Whether @slot names a place that holds @unit; then it is kept. */
+static bool slot_fits(struct bsu_storage *storage, uint32_t slot, uint64_t unit, bool written)
+{
+	struct bsu_area *area;
+	const struct bsu_record *record;
+	uint32_t at;
+
+	if (slot - 1 >= atomic_load_explicit(&storage->state->capacity, memory_order_acquire))
+		return false;
+	area = (struct bsu_area *)bsu_storage_area(storage, slot - 1);
+	at = slot - 1 - area->first;
+	if (at >= area->adopted && !bsu_storage_is_given(storage, slot - 1))
+		return false;
+	record = &area->records[at];
+	if (!MUTANT(BSU_MUTANT_SWEEP_TRUSTS_SLOTS) &&
+	    (!bsu_record_is_whole(record) || bsu_record_unit(record) != unit ||
+	     !(record->owner & BSU_OWNER_WRITTEN) == written))
+		return false;
+	keep(area, at);
+	return true;
+}
+
+/* A slot that was published meanwhile fits as well; one that does not fit is nobody's work. */
+static void check_slot(struct bsu_image *image, bool written, uint64_t unit, _Atomic uint32_t *where)
+{
+	uint32_t slot = atomic_load_explicit(where, memory_order_acquire);
+
+	if (slot == BSU_SLOT_EMPTY || slot == BSU_SLOT_BAD || slot == BSU_SLOT_ZERO)
+		return;
+	if (slot_fits(image->storage, slot, unit, written))
+		return;
+	if (written)
+		bsu_image_break(image, BSU_IMAGE_CORRUPTED, EBADMSG);
+	else
+		break_upto(image);
+	/* After that: who finds it bad finds the image broken. */
+	atomic_store(where, BSU_SLOT_BAD);
+}
+
+static void check_table(struct bsu_image *image, bool written, uint64_t entry)
+{
+	const struct bsu_map *map = written ? &image->written : &image->map;
+	uint32_t index = atomic_load_explicit(&map->directory[entry], memory_order_acquire);
+	struct bsu_table *table;
+
+	if (!bsu_arena_is_adopted_table(map->arena, index))
+		return;
+	table = bsu_arena_table(map->arena, index);
+	for (unsigned int at = 0; at < BSU_TABLE_LEAVES; at++) {
+		uint32_t leaf = atomic_load_explicit(&table->leaf[at], memory_order_acquire);
+		uint64_t unit = (entry * BSU_TABLE_LEAVES + at) * BSU_LEAF_UNITS;
+
+		if (!bsu_arena_is_adopted_leaf(map->arena, leaf))
+			continue;
+		for (unsigned int i = 0; i < BSU_LEAF_UNITS; i++)
+			check_slot(image, written, unit + i, &bsu_arena_leaf(map->arena, leaf)->slot[i]);
+	}
+}
+
+static void step_slots(struct bsu_sweep *sweep)
+{
+	struct bsu_image *image;
+
+	if (sweep->at == sweep->nr_images) {
+		sweep->phase = RECORDS;
+		sweep->at = 0;
+		sweep->entry = 0;
+		return;
+	}
+	image = sweep->image[sweep->at];
+	check_table(image, sweep->written, sweep->entry);
+	if (++sweep->entry < image->map.entries)
+		return;
+	sweep->entry = 0;
+	sweep->at += sweep->written;
+	sweep->written = !sweep->written;
+}
+
+static struct bsu_image *find_image(const struct bsu_sweep *sweep, uint32_t serial)
+{
+	for (unsigned int i = 0; i < sweep->nr_images; i++)
+		if (sweep->image[i]->serial == serial)
+			return sweep->image[i];
+	return NULL;
+}
+
+static bool is_lost(const struct bsu_sweep *sweep, uint32_t serial)
+{
+	for (unsigned int i = 0; i < sweep->nr_lost; i++)
+		if (sweep->lost[i] == serial)
+			return true;
+	return false;
+}
+
+/* The record was complete, so was the place; publishing was to come. */
+static bool publish(struct bsu_map *map, struct bsu_area *area, uint32_t at, uint64_t unit, _Atomic uint64_t *count)
+{
+	if (MUTANT(BSU_MUTANT_NO_ROLL_FORWARD))
+		return true;
+	if (bsu_map_reserve(map, unit, 1))
+		return false;
+	if (bsu_map_publish_first(map, unit, area->first + at + 1)) {
+		keep(area, at);
+		atomic_fetch_add_explicit(count, 1, memory_order_relaxed);
+	}
+	return true;
+}
+
+/* Another place holds the unit: the copy was begun again, of the same old data. */
+static bool is_copied_again(const struct bsu_storage *storage, uint32_t slot, const struct bsu_record *record)
+{
+	const struct bsu_area *area = bsu_storage_area(storage, slot - 1);
+
+	return area->records[slot - 1 - area->first].data_crc == record->data_crc;
+}
+
+/* A complete record that no slot names. */
+static void check_record(struct bsu_sweep *sweep, struct bsu_storage *storage, struct bsu_area *area, uint32_t at)
+{
+	const struct bsu_record *record = &area->records[at];
+	uint32_t serial = (uint32_t)(record->owner >> BSU_OWNER_SERIAL_SHIFT), slot;
+	uint64_t unit = bsu_record_unit(record);
+	struct bsu_image *image = find_image(sweep, serial);
+	bool fits = true;
+
+	if (!image && is_lost(sweep, serial))
+		return;
+	if (!image || image->storage != storage || unit >= bsu_image_units(image)) {
+		break_all(sweep, storage);
+		return;
+	}
+	if (atomic_load(&image->state->releasing))
+		return;
+	if (record->owner & BSU_OWNER_WRITTEN) {
+		if (bsu_map_get(&image->written, unit) == BSU_SLOT_EMPTY &&
+		    !publish(&image->written, area, at, unit, &image->state->written))
+			bsu_image_break(image, BSU_IMAGE_CORRUPTED, ENOMEM);
+		return;
+	}
+	slot = bsu_map_get(&image->map, unit);
+	if (slot == BSU_SLOT_EMPTY)
+		fits = publish(&image->map, area, at, unit, &image->state->preserved);
+	else if (bsu_slot_is_place(slot))
+		fits = is_copied_again(storage, slot, record);
+	else
+		fits = slot == BSU_SLOT_BAD;
+	if (!fits)
+		break_upto(image);
+}
+
+static void step_records(struct bsu_sweep *sweep)
+{
+	struct bsu_storage *storage;
+	struct bsu_area *area;
+	uint32_t end;
+
+	if (sweep->at == sweep->nr_storages) {
+		sweep->phase = PAGES;
+		sweep->place = 0;
+		return;
+	}
+	storage = sweep->storage[sweep->at];
+	if (sweep->entry == atomic_load(&storage->nr_areas)) {
+		sweep->entry = 0;
+		sweep->at++;
+		return;
+	}
+	area = &storage->area[sweep->entry];
+	end = (uint32_t)min_u64(area->adopted, (uint64_t)sweep->place + RECORDS_SLICE);
+	for (; sweep->place < end; sweep->place++)
+		if (!(area->kept[sweep->place / 64] >> (sweep->place % 64) & 1) &&
+		    bsu_record_is_whole(&area->records[sweep->place]) && !MUTANT(BSU_MUTANT_SWEEP_TRUSTS_RECORDS))
+			check_record(sweep, storage, area, sweep->place);
+	if (end == area->adopted) {
+		sweep->place = 0;
+		sweep->entry++;
+	}
+}
+
+static void step_pages(struct bsu_sweep *sweep)
+{
+	struct bsu_arena *arena = sweep->arena;
+	uint32_t end = (uint32_t)min_u64(arena->adopted.pages, (uint64_t)sweep->place + PAGES_SLICE);
+
+	for (; sweep->place < end; sweep->place++)
+		bsu_arena_free_unused(arena, sweep->place);
+	if (end == arena->adopted.pages) {
+		bsu_arena_end_adopted(arena);
+		sweep->phase = DONE;
+	}
+}
+
+int bsu_sweep_step(struct bsu_sweep *sweep)
+{
+	switch (sweep->phase) {
+	case SLOTS:
+		step_slots(sweep);
+		break;
+	case RECORDS:
+		step_records(sweep);
+		break;
+	case PAGES:
+		step_pages(sweep);
+		break;
+	case DONE:
+		break;
+	}
+	return sweep->phase != DONE;
+}
