@@ -74,6 +74,7 @@ void bsu_switch(struct bsu_device *dev, void *bitmap);
 int bsu_settle(struct bsu_device *dev);
 int bsu_device_mark(struct bsu_device *dev, uint64_t start, uint64_t length);
 void bsu_device_forget_swallowed(struct bsu_device *dev, uint64_t start, uint64_t length);
+int bsu_device_resize(struct bsu_device *dev, uint64_t size, void *bitmap, void *swallowed);
 bool bsu_device_waits_for_room(struct bsu_device *dev);
 bool bsu_device_next_swallowed(struct bsu_device *dev, uint64_t max_length, uint64_t *start, uint64_t *length);
 
@@ -201,6 +202,7 @@ int bsu_py_commit(struct bsu_py *py, const uint32_t *slots, const int32_t *resul
 int bsu_wait_for_room(struct bsu_device **devices, unsigned int count, unsigned int limit_ms, unsigned int *late);
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
 		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late);
+int bsu_resize_within(struct bsu_device *device, uint64_t size, void *bitmap, void *swallowed, unsigned int limit_ms);
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
 int bsu_image_release_within(struct bsu_image *image, unsigned int timeout_ms);
 int bsu_replay_swallowed(struct bsu_thread *thread, struct bsu_device *device, struct bsu_file *origin, uint64_t slice,

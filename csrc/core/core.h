@@ -266,6 +266,16 @@ void bsu_device_forget_swallowed(struct bsu_device *dev, uint64_t start, uint64_
 /* Whether a write that passed the gate waits for room in a storage. */
 bool bsu_device_waits_for_room(struct bsu_device *dev);
 
+/*
+ * The origin has grown. With the gate closed and drained, nothing changing:
+ * @bitmap, @swallowed: zeroed, for the new size; they get what the former ones
+ * hold, and replace them, also where images mark. What is added counts as
+ * changed. bsu_settle() until it returns 0, before the former ones may go.
+ * Images keep their size. -EINVAL for a smaller size, -EBUSY while a change is
+ * under way.
+ */
+int bsu_device_resize(struct bsu_device *dev, uint64_t size, void *bitmap, void *swallowed);
+
 /* ---- images ---- */
 
 enum bsu_image_status {

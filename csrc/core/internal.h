@@ -249,12 +249,14 @@ struct bsu_claim {
  *
  *   take:  GRACE -> IDLE
  *   drop:  HAND_OVER (of each entry of the map) -> GRACE -> PRUNE -> IDLE
+ *   resize: MARKS (a grace period as well) -> IDLE
  */
 enum bsu_settling {
 	BSU_SETTLE_IDLE = 0,
 	BSU_SETTLE_HAND_OVER,
 	BSU_SETTLE_GRACE,
 	BSU_SETTLE_PRUNE,
+	BSU_SETTLE_MARKS,
 };
 
 struct bsu_device {
@@ -270,6 +272,8 @@ struct bsu_device {
 	_Atomic(_Atomic uint64_t *) bitmap;
 	_Atomic uint64_t *swallowed;
 	_Atomic bool any_swallowed;
+	_Atomic uint64_t *old_bitmap;	/* that a resize replaced, for so many blocks */
+	uint64_t old_blocks;
 
 	_Atomic bool gate_closed;
 	_Atomic uint64_t rested;	/* see bsu_gate_rested() */
@@ -341,6 +345,13 @@ int bsu_view_adopt(struct bsu_image *image);
  * @chain at the same place too. -EBADMSG otherwise: it must not be used.
  */
 int bsu_map_adopt(const struct bsu_map *map, const struct bsu_chain *chain);
+
+/* From now on a grace period runs, which has passed when each thread has left the core once. */
+void bsu_grace_begin(struct bsu_device *dev);
+bool bsu_grace_passed(struct bsu_device *dev);
+
+/* After the grace period of a resize: the last marks in the bitmap that it replaced. */
+void bsu_resize_settle(struct bsu_device *dev);
 
 /* ---- chain.c: what the images of a chain have ---- */
 

@@ -166,15 +166,20 @@ void bsu_prepare_cancel(struct bsu_device *dev)
 	dev->changing = NULL;
 }
 
+void bsu_grace_begin(struct bsu_device *dev)
+{
+	pthread_mutex_lock(&dev->lock);
+	for (struct bsu_queue *queue = dev->queues; queue; queue = queue->next)
+		queue->pass_seen = atomic_load(&queue->pass);
+	pthread_mutex_unlock(&dev->lock);
+}
+
 static void install(struct bsu_device *dev)
 {
 	dev->old_view = atomic_exchange(&dev->view, dev->next_view);
 	dev->next_view = NULL;
 	dev->settling = BSU_SETTLE_GRACE;
-	pthread_mutex_lock(&dev->lock);
-	for (struct bsu_queue *queue = dev->queues; queue; queue = queue->next)
-		queue->pass_seen = atomic_load(&queue->pass);
-	pthread_mutex_unlock(&dev->lock);
+	bsu_grace_begin(dev);
 }
 
 static void switch_take(struct bsu_device *dev, void *bitmap)
@@ -226,7 +231,7 @@ void bsu_switch(struct bsu_device *dev, void *bitmap)
 		switch_take(dev, bitmap);
 }
 
-static bool grace_passed(struct bsu_device *dev)
+bool bsu_grace_passed(struct bsu_device *dev)
 {
 	bool passed = true;
 
@@ -251,7 +256,7 @@ static int settle_hand_over(struct bsu_device *dev)
 
 static int settle_grace(struct bsu_device *dev)
 {
-	if (!grace_passed(dev))
+	if (!bsu_grace_passed(dev))
 		return -EAGAIN;
 	free(dev->old_view);
 	dev->old_view = NULL;
@@ -261,6 +266,15 @@ static int settle_grace(struct bsu_device *dev)
 		return 1;
 	}
 	dev->changing = NULL;
+	dev->settling = BSU_SETTLE_IDLE;
+	return 0;
+}
+
+static int settle_marks(struct bsu_device *dev)
+{
+	if (!bsu_grace_passed(dev))
+		return -EAGAIN;
+	bsu_resize_settle(dev);
 	dev->settling = BSU_SETTLE_IDLE;
 	return 0;
 }
@@ -285,6 +299,8 @@ int bsu_settle(struct bsu_device *dev)
 		return settle_grace(dev);
 	case BSU_SETTLE_PRUNE:
 		return settle_prune(dev);
+	case BSU_SETTLE_MARKS:
+		return settle_marks(dev);
 	default:
 		return 0;
 	}

@@ -158,6 +158,8 @@ int bsu_wait_for_room(struct bsu_device **devices, unsigned int count, unsigned 
  */
 int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int count, unsigned int limit_ms,
 		   uint32_t *commit, uint64_t *gate_ns, uint64_t *writes_ns, unsigned int *late);
+/* bsu_device_resize() under the gate; bsu_switch_settle() follows. -ETIMEDOUT when writes do not come to rest. */
+int bsu_resize_within(struct bsu_device *device, uint64_t size, void *bitmap, void *swallowed, unsigned int limit_ms);
 /* bsu_settle() to its end. -ETIMEDOUT: call it again, it goes on where it was. */
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms);
 /* bsu_image_release() to its end, in the same way. */

@@ -138,6 +138,18 @@ int bsu_switch_all(struct bsu_device **devices, void **bitmaps, unsigned int cou
 	return 0;
 }
 
+int bsu_resize_within(struct bsu_device *device, uint64_t size, void *bitmap, void *swallowed, unsigned int limit_ms)
+{
+	unsigned int late;
+	int ret = close_gates(&device, 1, true, now_ns() + limit_ms * NS_PER_MS, &late);
+
+	if (ret)
+		return ret;
+	ret = bsu_device_resize(device, size, bitmap, swallowed);
+	bsu_gate_open(device);
+	return ret;
+}
+
 int bsu_switch_settle(struct bsu_device *device, unsigned int timeout_ms)
 {
 	uint64_t deadline = now_ns() + timeout_ms * NS_PER_MS;

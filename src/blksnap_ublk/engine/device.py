@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from blksnap_ublk.engine._engine import ffi, lib
@@ -41,6 +43,7 @@ class Device(Handle):
         self._bitmap = None if bitmap is None else Pinned(bitmap)
         self._swallowed = None if swallowed is None else pin(swallowed)
         self._replaced: list[Pinned] = []
+        self._old_swallowed: list[Any] = []
         self._taking: Image | None = None
         config = ffi.new(
             "struct bsu_device_config *",
@@ -98,6 +101,28 @@ class Device(Handle):
         """Whether a write that passed the gate waits for room in a storage."""
         return bool(lib.bsu_device_waits_for_room(self.pointer))
 
+    def resize(self, size: int, bitmap: Any, swallowed: Any, images: Sequence[Image] = (), *, limit_ms: int) -> None:
+        """The origin has grown to `size` bytes. `bitmap`, `swallowed`: zeroed, for that size; they get what the former
+        ones hold. `images`: those of the device, which keep their size. `settle` follows.
+
+        OSError EINVAL for a smaller size, EBUSY while a change is not settled, ETIMEDOUT when writes in flight do not
+        end within `limit_ms`; nothing has changed then.
+        """
+        pinned, former = Pinned(bitmap), self._swallowed
+        if self._bitmap is None or former is None:
+            raise OSError(errno.EINVAL, "a device without change tracking does not grow")
+        trims = pin(swallowed)
+        result = lib.bsu_resize_within(self.pointer, size, pinned.pointer, trims, limit_ms)
+        if result < 0:
+            pinned.let_go()
+            ffi.release(trims)
+            check(result, "resizing a device")
+        for image in images:
+            image.marks_also(pinned)
+        self._replaced.append(self._bitmap)
+        self._old_swallowed.append(former)
+        self._bitmap, self._swallowed, self.size = pinned, trims, size
+
     def close_gate(self) -> None:
         """Parks the writes that arrive from now on. For tests; `switch_all` does it by itself."""
         lib.bsu_gate_close(self.pointer)
@@ -126,6 +151,8 @@ class Device(Handle):
         """Of `settle`: nobody uses the replaced bitmaps any more."""
         while self._replaced:
             self._replaced.pop().let_go()
+        while self._old_swallowed:
+            ffi.release(self._old_swallowed.pop())
 
     def _free(self, pointer: Any) -> None:
         check(lib.bsu_device_free(pointer), "closing a device")

@@ -106,6 +106,10 @@ class Image(Handle):
         """Of a take: the bitmaps that writes to the image are marked in, kept until it is closed."""
         self._bitmaps = [each.hold() for each in (before, after) if each is not None]
 
+    def marks_also(self, bitmap: Pinned) -> None:
+        """Of a resize: `bitmap` may be one that writes to the image are marked in."""
+        self._bitmaps.append(bitmap.hold())
+
     def release(self, *, timeout_ms: int = 10_000) -> None:
         """After it was dropped and settled: gives its places and map memory back. `close` does the rest of it.
 

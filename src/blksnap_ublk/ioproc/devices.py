@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from blksnap_ublk.engine import Counters, Device, Thread, UblkQueue, UblkStatus, settle
-from blksnap_ublk.ioproc.messages import CloseDevice, DeviceReport, Mark, OpenDevice, ServeDevice
+from blksnap_ublk.engine import Counters, Device, Image, Thread, UblkQueue, UblkStatus, settle
+from blksnap_ublk.ioproc.messages import CloseDevice, DeviceReport, Mark, OpenDevice, ResizeDevice, ServeDevice
 from blksnap_ublk.ioproc.shared_files import SharedFile, SharedFiles
 from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.rpc.descriptors import Descriptors
@@ -27,6 +27,7 @@ FINISH_LIMIT = 1.0  # other messages wait meanwhile; whoever asks does so again
 HALF_ARMED_LIMIT = 0.2
 SETTLE_LIMIT = 5.0
 MARK_LIMIT = 2.0
+RESIZE_LIMIT_MS = 2000
 
 
 def bitmap_bytes(size: int, tracking_block: int) -> int:
@@ -203,6 +204,29 @@ class Devices:
         device.bitmap.close()
         device.swallowed.close()
         self._files.put(device.origin)
+
+    def resize(self, message: ResizeDevice, descriptors: Descriptors, images: Sequence[Image]) -> None:
+        """`images`: those of the device. Raises OSError; EINVAL for a size that is not larger, or beyond the origin."""
+        expect(descriptors, 2, message)
+        device = self.find(message.device)
+        if not device.size < message.size <= device.origin.file.info.size:
+            room = device.origin.file.info.size
+            text = f"{message.size} bytes are not between the {device.size} of the device and the {room} of its origin"
+            raise OSError(errno.EINVAL, text)
+        device.settle(SETTLE_LIMIT)
+        least = bitmap_bytes(message.size, device.tracking_block)
+        with ExitStack() as undo:
+            bitmap = StateMap(descriptors[0], least, "active bitmap")
+            undo.callback(bitmap.close)
+            swallowed = StateMap(descriptors[1], least, "swallowed trims")
+            undo.callback(swallowed.close)
+            device.device.resize(message.size, bitmap.memory, swallowed.memory, images, limit_ms=RESIZE_LIMIT_MS)
+            undo.pop_all()
+        device.old_maps += [device.bitmap, device.swallowed]
+        device.bitmap, device.swallowed = bitmap, swallowed
+        device.unsettled = True
+        with suppress(TimeoutError):  # before the next change of its images, then
+            device.settle(SETTLE_LIMIT)
 
     def mark(self, message: Mark) -> None:
         """Raises OSError; EINVAL for a range outside of the device, before anything is marked."""

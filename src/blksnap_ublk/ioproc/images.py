@@ -26,6 +26,7 @@ from blksnap_ublk.ioproc.messages import (
     FinishImage,
     ImageReport,
     OpenImage,
+    ResizeDevice,
     ServeDevice,
     ServeImage,
 )
@@ -155,6 +156,14 @@ class Images:
             found.append(StateMap(descriptors[index], least, "bitmap of an image"))
             undo.callback(found[-1].close)
         return found
+
+    def resize_device(self, message: ResizeDevice, descriptors: Descriptors) -> None:
+        """Raises OSError. Images keep their size, but some mark in the active bitmap, which is replaced."""
+        device = self._devices.find(message.device)
+        images = [image for image in self._images.values() if image.device is device]
+        self._devices.resize(message, descriptors, [image.image for image in images])
+        for image in images:
+            image.bitmaps.append(device.bitmap.hold())
 
     def unswept(self) -> list[HeldImage]:
         """Those that were adopted and wait for the end of a sweep."""

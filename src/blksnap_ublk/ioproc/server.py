@@ -116,6 +116,8 @@ class IoServer:
                 return Done(gate_us=closing.ns // 1000, gate_writes_us=closing.writes_ns // 1000)
             case messages.Drop():
                 self._instants.drop(message)
+            case messages.ResizeDevice():
+                self._images.resize_device(message, descriptors)
             case messages.Sweep():
                 self._sweeping.begin(message)
             case messages.EndQuarantine():

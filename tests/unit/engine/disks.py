@@ -59,9 +59,11 @@ def read_all(queue: engine.LocalQueue, size: int, *, step: int = 1 << 20) -> byt
     """Everything that a queue serves."""
     parts = []
     for start in range(0, size, step):
-        part = memory(min(step, size - start))
-        queue.read(start, part)
-        parts.append(part[:])
+        length = min(step, size - start)
+        part = memory(length)
+        with memoryview(part)[:length] as wanted:
+            queue.read(start, wanted)
+        parts.append(part[:length])
     return b"".join(parts)
 
 

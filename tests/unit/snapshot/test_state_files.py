@@ -80,7 +80,7 @@ def test_lengths_are_those_of_the_core(size: int, unit: int) -> None:
 def test_the_head_of_a_storage_is_read(state: StateFiles) -> None:
     descriptor = state.create("storage", state_files.storage_state_bytes())
     assert state.storage_state("storage") is None
-    os.pwrite(descriptor, struct.pack("<IIIIQQQI20xII", 0x53555342, 3, 4096, 2, 50, 100, 7, 0, 3, 4), 0)
+    os.pwrite(descriptor, struct.pack("<IIIIQQQI20xII", 0x53555342, 4, 4096, 2, 50, 100, 7, 0, 3, 4), 0)
     os.close(descriptor)
     found = state.storage_state("storage")
     assert found is not None
@@ -90,7 +90,7 @@ def test_the_head_of_a_storage_is_read(state: StateFiles) -> None:
 
 def test_more_places_given_out_than_there_are_count_as_all(state: StateFiles) -> None:
     descriptor = state.create("storage", state_files.storage_state_bytes())
-    os.pwrite(descriptor, struct.pack("<IIIIQQQI", 0x53555342, 3, 4096, 2, 100, 100, 105, 1), 0)
+    os.pwrite(descriptor, struct.pack("<IIIIQQQI", 0x53555342, 4, 4096, 2, 100, 100, 105, 1), 0)
     os.close(descriptor)
     found = state.storage_state("storage")
     assert found is not None
@@ -103,7 +103,7 @@ def test_more_places_given_out_than_there_are_count_as_all(state: StateFiles) ->
 def test_the_head_of_an_image_is_read(state: StateFiles, status: int, meaning: ImageStatus) -> None:
     descriptor = state.create("image", state_files.image_state_bytes(GIB, 4096))
     assert state.image_state("image") is None
-    os.pwrite(descriptor, struct.pack("<IIQIIIiQQQ", 0x49555342, 3, GIB, 4096, 3, status, 28, 9, 4, 2), 0)
+    os.pwrite(descriptor, struct.pack("<IIQIIIiQQQ", 0x49555342, 4, GIB, 4096, 3, status, 28, 9, 4, 2), 0)
     os.close(descriptor)
     found = state.image_state("image")
     assert found is not None
