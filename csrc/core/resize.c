@@ -42,8 +42,6 @@ int bsu_device_resize(struct bsu_device *dev, uint64_t size, void *bitmap, void 
 		return -EINVAL;
 	if (dev->next_view || dev->settling != BSU_SETTLE_IDLE)
 		return -EBUSY;
-	if (size == former)
-		return 0;
 	dev->old_bitmap = old;
 	dev->old_blocks = ((former - 1) >> dev->tracking_shift) + 1;
 	carry_over(bitmap, old, dev->old_blocks);
@@ -53,7 +51,7 @@ int bsu_device_resize(struct bsu_device *dev, uint64_t size, void *bitmap, void 
 	if (swallowed) {
 		carry_over(swallowed, dev->swallowed, dev->old_blocks);
 		/* The last block was trimmed up to the former end, and is longer now. */
-		if (former & (dev->tracking_block - 1))
+		if (size > former && former & (dev->tracking_block - 1))
 			bsu_bits_clear(swallowed, dev->old_blocks - 1, dev->old_blocks - 1);
 		dev->swallowed = swallowed;
 	}

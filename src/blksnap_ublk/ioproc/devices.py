@@ -206,10 +206,10 @@ class Devices:
         self._files.put(device.origin)
 
     def resize(self, message: ResizeDevice, descriptors: Descriptors, images: Sequence[Image]) -> None:
-        """`images`: those of the device. Raises OSError; EINVAL for a size that is not larger, or beyond the origin."""
+        """`images`: those of the device. Raises OSError; EINVAL for a smaller size, or one beyond the origin."""
         expect(descriptors, 2, message)
         device = self.find(message.device)
-        if not device.size < message.size <= device.origin.file.info.size:
+        if not device.size <= message.size <= device.origin.file.info.size:
             room = device.origin.file.info.size
             text = f"{message.size} bytes are not between the {device.size} of the device and the {room} of its origin"
             raise OSError(errno.EINVAL, text)
