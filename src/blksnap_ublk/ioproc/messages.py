@@ -233,8 +233,8 @@ class EndQuarantine(msgspec.Struct, tag="end-quarantine", frozen=True):
 
 class ResizeDevice(msgspec.Struct, tag="resize-device", frozen=True):
     """The origin has grown to `size` bytes. Descriptors: the active bitmap and the swallowed-trims file for that size,
-    zeroed; they get what the former ones hold. Images keep their size. It may be sent again. Refused with ETIMEDOUT when writes do not come
-    to rest within 2 s, with EINVAL for a device that would shrink.
+    zeroed; they get what the former ones hold. Images keep their size. It may be sent again. Refused with ETIMEDOUT
+    when writes do not come to rest within 2 s, with EINVAL for a device that would shrink.
     """
 
     device: str

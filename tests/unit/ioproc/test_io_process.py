@@ -385,3 +385,89 @@ def test_it_ends_when_told(io: Io, client: IoClient, files: Files) -> None:
 def test_a_signal_to_all_processes_does_not_end_it(io: Io, client: IoClient, number: int) -> None:
     io.process.send_signal(number)
     assert client.status().pid == io.process.pid
+
+
+def _adopt(client: IoClient, files: Files, serial: int = 1) -> None:
+    """What `test_another_process_adopts` left."""
+    origin, bitmap = files.state("origin-d", SIZE), files.bitmap("bitmap-d")
+    message = messages.OpenDevice("d", SIZE, 512, UNIT, TRACKING, held="origin:d")
+    client.call(message, [origin, files.bitmap("next-i"), files.bitmap("swallowed-d")])
+    storage = files.state("storage-s", engine.STORAGE_STATE_BYTES)
+    client.call(messages.OpenStorage("s", UNIT, adopt=True), [storage])
+    area = messages.AddArea("s", 0, 1 << 20, held="storage:s:0")
+    client.call(area, [files.state("area-s", 1 << 20), files.state("records-s-0", 256 * 16)])
+    client.call(messages.AddMapMemory(["p0"], adopt=True), [files.state("portion-p0", engine.ARENA_PORTION)])
+    state = files.state("image-i", engine.Image.state_bytes(SIZE, UNIT))
+    image = messages.OpenImage("i", "d", "s", serial, SIZE, adopt=True)
+    client.call(image, [state, bitmap, files.bitmap("next-i")])
+
+
+def test_another_process_adopts_what_one_left(tmp_path: Path, files: Files) -> None:
+    former = Io(tmp_path)
+    with IoClient(former.path, PATIENCE) as client:
+        client.hello()
+        open_device(client, files)
+        open_storage(client, files)
+        add_map_memory(client, files, "p0")
+        open_image(client, files)
+        take(client, files, ("d", "i"))
+        assert client.status().swept
+    former.end()
+    former.path.unlink()
+    io = Io(tmp_path)
+    with IoClient(io.path, PATIENCE) as client:
+        client.hello()
+        assert refused(_adopt, client, files, 2).errno == errno.EBADMSG
+    io.end()
+    io.path.unlink()
+    io = Io(tmp_path)
+    with IoClient(io.path, PATIENCE) as client:
+        client.hello()
+        _adopt(client, files)
+        assert not client.status().swept
+        [image] = client.status().images
+        assert (image.taken, image.status) == (True, "active")
+        assert refused(client.call, messages.Drop("i")).errno == errno.EBUSY
+        late = messages.AddMapMemory(["late"], adopt=True)
+        add_map_memory(client, files, "p1")
+        assert refused(client.call, late, [files.state("late", engine.ARENA_PORTION)]).errno == errno.EBUSY
+        client.call(messages.Sweep([]))
+        client.call(messages.EndQuarantine())
+        while not client.status().swept:
+            pass
+        assert refused(client.call, messages.Sweep([])).errno == errno.EALREADY
+        inventory = client.status()
+        assert inventory.map_memory_free == inventory.map_memory == 2 * engine.ARENA_PORTION
+        client.call(messages.Drop("i"))
+        client.call(messages.CloseStorage("s"))
+        client.call(messages.CloseDevice("d"))
+    io.end()
+
+
+def test_a_keeper_gets_back_what_it_held(client: IoClient, files: Files) -> None:
+    origin = files.state("origin-d", SIZE)
+    message = messages.OpenDevice("d", SIZE, 512, UNIT, TRACKING, held="origin:d")
+    client.call(message, [origin, files.bitmap("bitmap-d"), files.bitmap("swallowed-d")])
+    client.call(messages.OpenStorage("s", UNIT), [files.state("storage-s", engine.STORAGE_STATE_BYTES)])
+    area = files.state("area-s", 2 << 20)
+    for number in range(2):
+        records = files.state(f"records-{number}", 256 * 16)
+        client.call(messages.AddArea("s", number << 20, 1 << 20, held="storage:s:0"), [area, records])
+    assert client.call(messages.Held(0)).held == ["origin:d", "storage:s:0"]
+    assert client.call(messages.Held(1)).held == ["storage:s:0"]
+    client.call(messages.CloseStorage("s"))
+    assert client.call(messages.Held(0)).held == ["origin:d"]
+
+
+def test_a_device_grows(client: IoClient, files: Files) -> None:
+    open_device(client, files)
+    larger = [files.state(name, bitmap_bytes(2 * SIZE, TRACKING)) for name in ("larger", "swallowed")]
+    message = messages.ResizeDevice("d", 2 * SIZE)
+    client.call(messages.Mark("d", [(0, 1)]))
+    assert "the 8388608 of its origin" in str(refused(client.call, message, larger))
+    os.posix_fallocate(files.state("origin-d", SIZE), 0, 2 * SIZE)
+    for _ in range(2):
+        client.call(message, larger)
+    assert (files.folder / "larger").read_bytes()[:32] == b"\1" + bytes(15) + b"\xff" * 16
+    smaller = messages.ResizeDevice("d", SIZE)
+    assert refused(client.call, smaller, larger).errno == errno.EINVAL
