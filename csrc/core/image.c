@@ -104,6 +104,14 @@ static void check_status(struct bsu_image *image)
 	atomic_store(&state->status, BSU_IMAGE_CORRUPTED);
 }
 
+/* Whose tables and leaves an image may have in common: it was being handed over to them. */
+static const struct bsu_chain *heirs(const struct bsu_image *image)
+{
+	if (atomic_load(&image->state->status) != BSU_IMAGE_GONE)
+		return NULL;
+	return bsu_view_chain(atomic_load(&image->dev->view), image->storage);
+}
+
 struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_t size, void *before, void *after, int *err)
 {
 	struct bsu_image *image;
@@ -120,7 +128,7 @@ struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_
 	check_status(image);
 	atomic_store(&image->before, before);
 	atomic_store(&image->after, after);
-	*err = bsu_map_adopt(&image->map, bsu_view_chain(atomic_load(&image->dev->view), image->storage));
+	*err = bsu_map_adopt(&image->map, heirs(image));
 	if (!*err)
 		*err = bsu_map_adopt(&image->written, NULL);
 	if (!*err)
