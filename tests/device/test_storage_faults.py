@@ -70,7 +70,8 @@ def test_storage_of_nothing_is_refused_and_loses_nothing(daemon: OwnDaemon, clie
             (directory / "begun").write_bytes(b"b" * 100)
             fill_file_system(directory)
         (folder / "empty").touch()
-        held = disk.snapshot(folder)
+        (folder / "held").write_bytes(bytes(SIZE))
+        held = client.create_snapshot([disk.path], storage=[str(folder / "held")], limit=SIZE)
         copy = disk.copy()
         state = daemon.state()
         refused: list[tuple[Path | str, int | None, str]] = [
