@@ -72,6 +72,14 @@ int bsu_arena_adopt(struct bsu_arena *arena, void *memory)
 	return 0;
 }
 
+void bsu_arena_use_nothing(struct bsu_arena *arena)
+{
+	if (!arena->adopted.pages)
+		return;
+	memset(arena->adopted.page, 0, arena->adopted.pages / 8);
+	memset(arena->adopted.leaf, 0, arena->adopted.pages * PAGE_LEAVES / 8);
+}
+
 bool bsu_arena_is_adopted_table(const struct bsu_arena *arena, uint32_t index)
 {
 	return index && index - 1 < arena->adopted.pages;

@@ -25,6 +25,7 @@ bool bsu_arena_is_adopted_table(const struct bsu_arena *arena, uint32_t index);
 bool bsu_arena_is_adopted_leaf(const struct bsu_arena *arena, uint32_t index);
 bool bsu_arena_use_table(struct bsu_arena *arena, uint32_t index);
 bool bsu_arena_use_leaf(struct bsu_arena *arena, uint32_t index);
+void bsu_arena_use_nothing(struct bsu_arena *arena);
 void bsu_arena_free_unused(struct bsu_arena *arena, uint32_t page);
 void bsu_arena_end_adopted(struct bsu_arena *arena);
 

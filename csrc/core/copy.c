@@ -166,26 +166,35 @@ void bsu_copy_start(struct bsu_copy *copy)
 		copy_granted(&copy->task);
 }
 
+static bool is_bad(const struct bsu_copy *copy, uint32_t at)
+{
+	return copy->bad[at / 64] >> (at % 64) & 1 && !MUTANT(BSU_MUTANT_BAD_AS_GOOD);
+}
+
 static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 {
 	struct bsu_storage *storage = copy->image->storage;
 	const struct bsu_area *area = bsu_storage_area(storage, copy->place);
 	struct bsu_record *record = &area->records[copy->place - area->first];
-	uint32_t unit_bytes = storage->unit;
+	uint32_t unit_bytes = storage->unit, published = 0;
 
 	for (uint32_t i = 0; i < copy->count; i++) {
 		const char *data = (const char *)copy->buf + (size_t)i * unit_bytes;
 
+		if (is_bad(copy, i))
+			continue;
 		bsu_record_set(&record[i], copy->image->serial, false, copy->unit + i, bsu_crc32c(0, data, unit_bytes));
 	}
 	for (uint32_t i = 0; i < copy->count; i++) {
-		bool bad = copy->bad[i / 64] >> (i % 64) & 1 && !MUTANT(BSU_MUTANT_BAD_AS_GOOD);
+		uint32_t slot = is_bad(copy, i) ? BSU_SLOT_BAD : copy->place + i + 1;
+		/* A sweep may have published what a former process had preserved. */
+		bool first = bsu_map_publish_first(&copy->image->map, copy->unit + i, slot);
 
-		bsu_map_publish(&copy->image->map, copy->unit + i, bad ? BSU_SLOT_BAD : copy->place + i + 1);
-		if (bad)
+		published += first;
+		if (!first || slot == BSU_SLOT_BAD)
 			bsu_storage_return(storage, copy->place + i, 1);
 	}
-	atomic_fetch_add_explicit(&copy->image->state->preserved, copy->count, memory_order_relaxed);
+	atomic_fetch_add_explicit(&copy->image->state->preserved, published, memory_order_relaxed);
 	queue->counters.copied += copy_bytes(copy);
 	/* Readers must see the slots before the origin write that follows can reach the disk. */
 	atomic_thread_fence(memory_order_seq_cst);

@@ -181,7 +181,7 @@ int bsu_image_release(struct bsu_image *image)
 		return -EBUSY;
 	if (image->released == image->map.entries)
 		return 0;
-	atomic_store(&image->state->releasing, 1);
+	atomic_store(&image->state->releasing, (uint32_t)image->released + 1);
 	bsu_map_clear(&image->map, image->storage, image->released);
 	bsu_map_clear(&image->written, image->storage, image->released);
 	return ++image->released < image->map.entries;

@@ -21,7 +21,7 @@
  */
 #define BSU_SLOT_EMPTY 0u
 #define BSU_SLOT_BAD 0xffffffffu	/* the origin could not be read there */
-#define BSU_SLOT_ZERO 0xfffffffeu	/* zeroes: written to the image, or exempt from preserving */
+#define BSU_SLOT_ZERO 0xfffffffcu	/* two bits from BAD; zeroes: written to the image, or exempt from preserving */
 #define BSU_PLACES_MAX 0xfffffff0u
 
 /*
@@ -76,7 +76,8 @@ struct bsu_storage_state {
 	_Atomic uint64_t used;		/* places given out at the moment */
 	_Atomic uint32_t full;		/* a copy found no room */
 	_Atomic uint32_t waiting;	/* requests that wait for room */
-	uint32_t pad[4];
+	_Atomic uint64_t high_water_again;	/* the same: were it lower, places in use would be given out */
+	uint32_t pad[2];
 	_Atomic uint32_t area_used[BSU_AREAS_MAX];
 };
 
@@ -95,7 +96,7 @@ struct bsu_image_state {
 	_Atomic uint64_t preserved;	/* units */
 	uint64_t directory_entries;
 	_Atomic uint64_t written;	/* units that were written to the image itself */
-	_Atomic uint32_t releasing;	/* 1: its places are being given back */
+	_Atomic uint32_t releasing;	/* directory entry plus one, the places of which are being given back; 0: none yet */
 	uint32_t pad;
 	/*
 	 * From BSU_IMAGE_HEADER on: _Atomic uint32_t directory[] of the map of what

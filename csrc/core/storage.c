@@ -18,15 +18,27 @@
 /* What a former process left; it is not trusted further than can be checked. */
 static bool fits(const struct bsu_storage_state *state, uint32_t unit)
 {
-	return state->magic == BSU_STORAGE_MAGIC && state->version == BSU_STATE_VERSION && state->unit == unit &&
-	       atomic_load(&state->high_water) <= BSU_PLACES_MAX;
+	return state->magic == BSU_STORAGE_MAGIC && state->version == BSU_STATE_VERSION && state->unit == unit;
+}
+
+static uint32_t high_water(const struct bsu_storage_state *state)
+{
+	uint64_t one = atomic_load(&state->high_water), again = atomic_load(&state->high_water_again);
+
+	return (uint32_t)min_u64(max_u64(one, again), BSU_PLACES_MAX);
+}
+
+static void set_high_water(struct bsu_storage_state *state, uint64_t place)
+{
+	atomic_store_explicit(&state->high_water, place, memory_order_relaxed);
+	atomic_store_explicit(&state->high_water_again, place, memory_order_relaxed);
 }
 
 static void adopt(struct bsu_storage *storage)
 {
 	struct bsu_storage_state *state = storage->state;
 
-	storage->adopted = MUTANT(BSU_MUTANT_NO_QUARANTINE) ? 0 : (uint32_t)atomic_load(&state->high_water);
+	storage->adopted = MUTANT(BSU_MUTANT_NO_QUARANTINE) ? 0 : high_water(state);
 	storage->cursor = storage->adopted;
 	state->areas = 0;
 	atomic_store(&state->capacity, 0);
@@ -232,7 +244,7 @@ static uint32_t take_run(struct bsu_storage *storage, struct bsu_area *area, uin
 	}
 	storage->cursor = area->first + at + count - (MUTANT(BSU_MUTANT_PLACE_TWICE) && (at + count) % 8 == 0);
 	if (atomic_load_explicit(&state->high_water, memory_order_relaxed) < (uint64_t)area->first + at + count)
-		atomic_store_explicit(&state->high_water, (uint64_t)area->first + at + count, memory_order_relaxed);
+		set_high_water(state, (uint64_t)area->first + at + count);
 	count_used(storage, area, count);
 	return count;
 }

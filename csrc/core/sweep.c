@@ -55,6 +55,8 @@ struct bsu_sweep *bsu_sweep_new(struct bsu_arena *arena, const uint32_t *lost, u
 		memcpy(sweep->lost, lost, nr_lost * sizeof(*lost));
 	sweep->nr_lost = nr_lost;
 	sweep->arena = arena;
+	/* Of an image that could not be adopted nothing is in use. */
+	bsu_arena_use_nothing(arena);
 	*err = 0;
 	return sweep;
 }
@@ -88,6 +90,8 @@ int bsu_sweep_add_image(struct bsu_sweep *sweep, struct bsu_image *image)
 
 int bsu_sweep_add_storage(struct bsu_sweep *sweep, struct bsu_storage *storage)
 {
+	/* Areas that are added from now on were never used before. */
+	storage->adopted = (uint32_t)min_u64(storage->adopted, atomic_load(&storage->state->capacity));
 	for (unsigned int at = 0; at < atomic_load(&storage->nr_areas); at++) {
 		struct bsu_area *area = &storage->area[at];
 
@@ -119,15 +123,56 @@ static void break_all(const struct bsu_sweep *sweep, const struct bsu_storage *s
 			bsu_image_break(sweep->image[i], BSU_IMAGE_CORRUPTED, EBADMSG);
 }
 
-static void keep(struct bsu_area *area, uint32_t at)
+/* Returns true when something else names the place already. */
+static bool keep(struct bsu_area *area, uint32_t at)
 {
-	if (at < area->adopted)
-		area->kept[at / 64] |= 1ull << (at % 64);
+	uint64_t bit = 1ull << (at % 64);
+	bool kept;
+
+	if (at >= area->adopted)
+		return false;
+	kept = area->kept[at / 64] & bit;
+	area->kept[at / 64] |= bit;
+	return kept;
+}
+
+static struct bsu_image *find_image(const struct bsu_sweep *sweep, uint32_t serial)
+{
+	for (unsigned int i = 0; i < sweep->nr_images; i++)
+		if (sweep->image[i]->serial == serial)
+			return sweep->image[i];
+	return NULL;
+}
+
+/* What was written to an image is its own; what was preserved may have been handed over, within the device. */
+static bool is_owner(const struct bsu_sweep *sweep, const struct bsu_record *record, const struct bsu_image *image, bool written)
+{
+	uint32_t serial = (uint32_t)(record->owner >> BSU_OWNER_SERIAL_SHIFT);
+	const struct bsu_image *owner;
+
+	if (!(record->owner & BSU_OWNER_WRITTEN) == written)
+		return false;
+	if (written || serial == image->serial)
+		return serial == image->serial;
+	owner = find_image(sweep, serial);
+	return !owner || owner->dev == image->dev;
+}
+
+/* Whether a hand-over may have been broken off: then two maps may name a place. */
+static bool any_gone(const struct bsu_image *image)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&image->dev->view), image->storage);
+
+	for (unsigned int k = 0; chain && k < chain->nr_images; k++)
+		if (bsu_image_status(chain->image[k], NULL) == BSU_IMAGE_GONE)
+			return true;
+	return false;
 }
 
 /* Whether @slot names a place that holds @unit; then it is kept. */
-static bool slot_fits(struct bsu_storage *storage, uint32_t slot, uint64_t unit, bool written)
+static bool slot_fits(const struct bsu_sweep *sweep, const struct bsu_image *image, uint32_t slot, uint64_t unit, bool written)
 {
+	struct bsu_storage *storage = image->storage;
 	struct bsu_area *area;
 	const struct bsu_record *record;
 	uint32_t at;
@@ -140,21 +185,20 @@ static bool slot_fits(struct bsu_storage *storage, uint32_t slot, uint64_t unit,
 		return false;
 	record = &area->records[at];
 	if (!MUTANT(BSU_MUTANT_SWEEP_TRUSTS_SLOTS) &&
-	    (!bsu_record_is_whole(record) || bsu_record_unit(record) != unit ||
-	     !(record->owner & BSU_OWNER_WRITTEN) == written))
+	    (!bsu_record_is_whole(record) || bsu_record_unit(record) != unit || !is_owner(sweep, record, image, written)))
 		return false;
-	keep(area, at);
-	return true;
+	return !keep(area, at) || any_gone(image);
 }
 
 /* A slot that was published meanwhile fits as well; one that does not fit is nobody's work. */
-static void check_slot(struct bsu_image *image, bool written, uint64_t unit, _Atomic uint32_t *where)
+static void check_slot(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t unit,
+		       _Atomic uint32_t *where)
 {
 	uint32_t slot = atomic_load_explicit(where, memory_order_acquire);
 
 	if (slot == BSU_SLOT_EMPTY || slot == BSU_SLOT_BAD || slot == BSU_SLOT_ZERO)
 		return;
-	if (slot_fits(image->storage, slot, unit, written))
+	if (slot_fits(sweep, image, slot, unit, written))
 		return;
 	if (written)
 		bsu_image_break(image, BSU_IMAGE_CORRUPTED, EBADMSG);
@@ -164,7 +208,7 @@ static void check_slot(struct bsu_image *image, bool written, uint64_t unit, _At
 	atomic_store(where, BSU_SLOT_BAD);
 }
 
-static void check_table(struct bsu_image *image, bool written, uint64_t entry)
+static void check_table(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t entry)
 {
 	const struct bsu_map *map = written ? &image->written : &image->map;
 	uint32_t index = atomic_load_explicit(&map->directory[entry], memory_order_acquire);
@@ -172,6 +216,7 @@ static void check_table(struct bsu_image *image, bool written, uint64_t entry)
 
 	if (!bsu_arena_is_adopted_table(map->arena, index))
 		return;
+	bsu_arena_use_table(map->arena, index);
 	table = bsu_arena_table(map->arena, index);
 	for (unsigned int at = 0; at < BSU_TABLE_LEAVES; at++) {
 		uint32_t leaf = atomic_load_explicit(&table->leaf[at], memory_order_acquire);
@@ -179,8 +224,9 @@ static void check_table(struct bsu_image *image, bool written, uint64_t entry)
 
 		if (!bsu_arena_is_adopted_leaf(map->arena, leaf))
 			continue;
+		bsu_arena_use_leaf(map->arena, leaf);
 		for (unsigned int i = 0; i < BSU_LEAF_UNITS; i++)
-			check_slot(image, written, unit + i, &bsu_arena_leaf(map->arena, leaf)->slot[i]);
+			check_slot(sweep, image, written, unit + i, &bsu_arena_leaf(map->arena, leaf)->slot[i]);
 	}
 }
 
@@ -195,20 +241,12 @@ static void step_slots(struct bsu_sweep *sweep)
 		return;
 	}
 	image = sweep->image[sweep->at];
-	check_table(image, sweep->written, sweep->entry);
+	check_table(sweep, image, sweep->written, sweep->entry);
 	if (++sweep->entry < image->map.entries)
 		return;
 	sweep->entry = 0;
 	sweep->at += sweep->written;
 	sweep->written = !sweep->written;
-}
-
-static struct bsu_image *find_image(const struct bsu_sweep *sweep, uint32_t serial)
-{
-	for (unsigned int i = 0; i < sweep->nr_images; i++)
-		if (sweep->image[i]->serial == serial)
-			return sweep->image[i];
-	return NULL;
 }
 
 static bool is_lost(const struct bsu_sweep *sweep, uint32_t serial)
@@ -241,6 +279,30 @@ static bool is_copied_again(const struct bsu_storage *storage, uint32_t slot, co
 	return area->records[slot - 1 - area->first].data_crc == record->data_crc;
 }
 
+/* The older image of its chain that an image that goes had handed over to has the unit, or there is none. */
+static bool heir_has(const struct bsu_image *image, uint64_t unit)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&image->dev->view), image->storage);
+
+	for (unsigned int k = 0; chain && k < chain->nr_images; k++)
+		if (chain->image[k] == image)
+			return !k || bsu_map_get(&chain->image[k - 1]->map, unit) != BSU_SLOT_EMPTY;
+	return false;
+}
+
+/* A release that was broken off had taken a table out of a map, and not cleared the records of all its places. */
+static bool was_being_released(const struct bsu_sweep *sweep, const struct bsu_storage *storage, uint64_t unit)
+{
+	for (unsigned int i = 0; i < sweep->nr_images; i++) {
+		const struct bsu_image *image = sweep->image[i];
+
+		if (image->storage == storage && atomic_load(&image->state->releasing) == unit / BSU_TABLE_UNITS + 1 &&
+		    heir_has(image, unit))
+			return true;
+	}
+	return false;
+}
+
 /* A complete record that no slot names. */
 static void check_record(struct bsu_sweep *sweep, struct bsu_storage *storage, struct bsu_area *area, uint32_t at)
 {
@@ -250,7 +312,7 @@ static void check_record(struct bsu_sweep *sweep, struct bsu_storage *storage, s
 	struct bsu_image *image = find_image(sweep, serial);
 	bool fits = true;
 
-	if (!image && is_lost(sweep, serial))
+	if (!image && (is_lost(sweep, serial) || was_being_released(sweep, storage, unit)))
 		return;
 	if (!image || image->storage != storage || unit >= bsu_image_units(image)) {
 		break_all(sweep, storage);
