@@ -114,7 +114,7 @@ def refused(function: Callable[..., object], *arguments: object) -> IoRefused:
 def open_device(client: IoClient, files: Files, name: str = "d", **changes: int) -> None:
     sizes = {"size": SIZE, "block": 512, "unit": UNIT, "tracking_block": TRACKING} | changes
     origin = files.state(f"origin-{name}", SIZE)
-    message = messages.OpenDevice(device=name, **sizes)
+    message = messages.OpenDevice(name, sizes["size"], sizes["block"], sizes["unit"], sizes["tracking_block"])
     client.call(message, [origin, files.bitmap(f"bitmap-{name}"), files.bitmap(f"swallowed-{name}")])
 
 
