@@ -19,11 +19,14 @@ from blksnap_ublk.cbt.geometry import CHUNK_WORDS, Geometry
 class Bitmap:
     """One bit for each tracking block. The mapping is read-only: Python never writes a live bitmap."""
 
-    def __init__(self, path: Path, geometry: Geometry) -> None:
-        """Map an existing file. Raises HistoryDamaged if it is not a bitmap of this geometry."""
+    def __init__(self, path: Path, geometry: Geometry, *, longer: bool = False) -> None:
+        """Map an existing file. Raises HistoryDamaged if it is not a bitmap of this geometry.
+
+        `longer`: it may have been made ready for a larger one.
+        """
         self.path = path
         self.geometry = geometry
-        mapping = mapped_file.map_shared(path, geometry.bitmap_bytes, writable=False)
+        mapping = mapped_file.map_shared(path, geometry.bitmap_bytes, writable=False, longer=longer)
         words = np.frombuffer(mapping, dtype="<u8").reshape(-1, CHUNK_WORDS)
         self.rows: NDArray[np.uint64] = words[: geometry.chunks]
         """The live bits, uint64 of shape (chunks, CHUNK_WORDS), without a copy."""

@@ -11,39 +11,27 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blksnap_ublk.cbt import fold, metadata, query, state
+from blksnap_ublk.cbt import changes, fold, metadata, query, state
 from blksnap_ublk.cbt.bitmap import Bitmap
+from blksnap_ublk.cbt.changes import Changes, listed
 from blksnap_ublk.cbt.cursor import Cursor
-from blksnap_ublk.cbt.errors import HistoryError, NoSuchSnapshot
+from blksnap_ublk.cbt.errors import HistoryDamaged, HistoryError, NoSuchSnapshot
 from blksnap_ublk.cbt.fold import FoldPolicy
 from blksnap_ublk.cbt.geometry import TRACKING_BLOCK_DEFAULT, Geometry
 from blksnap_ublk.cbt.last_change import LastChangeArray
 from blksnap_ublk.cbt.layer import ArrayLayer, IntervalLayer, Layer
+from blksnap_ublk.cbt.metadata import FormerRecord, HistoryRecord
+from blksnap_ublk.cbt.resizing import Enlarged, enlarge, shorten
 from blksnap_ublk.cbt.state import State
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Changes:
-    """What changed between two instants. `all` means: take everything, for `reason`; then `ranges` is the device.
-
-    `ranges` is an int64 array of shape (n, 2): byte start and byte length, ascending, touching ones joined.
-    """
-
-    since: Cursor | None
-    until: Cursor
-    tracking_block: int
-    all: bool
-    reason: str | None
-    changed_bytes: int
-    ranges: NDArray[np.int64]
 
 
 class History:
@@ -53,14 +41,14 @@ class History:
     Queries may be asked from any thread at any time; calls that change something wait for one another.
     """
 
-    def __init__(self, directory: Path, geometry: Geometry, initial: State, policy: FoldPolicy) -> None:
+    def __init__(self, directory: Path, initial: State, policy: FoldPolicy) -> None:
         """Use `create` or `open`."""
         self._directory = directory
-        self._geometry = geometry
         self._state = initial
         self._policy = policy
         self._changing = threading.Lock()
         self._folding = threading.Lock()
+        self._enlarged: Enlarged | None = None
         self._serial = max(metadata.serial(path.name) for path in initial.paths())
 
     @classmethod
@@ -72,19 +60,25 @@ class History:
         *,
         generation: uuid.UUID | None = None,
         number: int = 0,
+        held: Collection[int] = (),
         reason: str | None = None,
+        former: tuple[uuid.UUID, str] | None = None,
         policy: FoldPolicy | None = None,
     ) -> History:
         """Begin a history of a device of `size` bytes, with a clear active bitmap, in an existing directory.
 
         A `reason` ("damaged", "unclean" ...) says why what was before is unknown: what is there is replaced, cursors
-        up to `number`, the snapshots taken so far, answer "all" with it. Without a reason, a history that is there
-        already is refused. Afterwards all writes are to be marked in `active`, none in a bitmap of before.
+        up to `number`, the snapshots taken so far, answer "all" with it; those in `held` still are. Without a reason,
+        a history that is there already is refused. `former`: another generation that was lost, and why: the answer to
+        its cursors. Afterwards all writes are to be marked in `active`, none in a bitmap of before.
+
         Raises ValueError for a size that cannot be tracked, HistoryError, OSError.
         """
         geometry = Geometry(size, tracking_block)
         if reason is None and number:
             raise ValueError("a history that begins after snapshots needs a reason")
+        if any(not 1 <= each <= number for each in held):
+            raise ValueError("snapshots are held that were never taken")
         if reason is None and (directory / metadata.FILE).exists():
             raise HistoryError(f"{directory}: holds a change history already; open or remove it")
         metadata.remove(directory)
@@ -95,13 +89,15 @@ class History:
             known_since=0 if reason is None else number + 1,
             reason=reason,
             active=active,
+            held=frozenset(held),
+            former=None if former is None else FormerRecord(*former),
         )
         try:
-            metadata.write(directory, state.to_record(initial, geometry))
+            metadata.write(directory, state.to_record(initial))
         except Exception:
             active.path.unlink(missing_ok=True)
             raise
-        return cls(directory, geometry, initial, policy or FoldPolicy())
+        return cls(directory, initial, policy or FoldPolicy())
 
     @classmethod
     def open(cls, directory: Path, *, policy: FoldPolicy | None = None) -> History:
@@ -111,32 +107,37 @@ class History:
         Raises HistoryDamaged, OSError.
         """
         record = metadata.read(directory)
-        geometry = Geometry(record.size, record.tracking_block)
-        found = state.from_record(record, directory, geometry)
+        found = state.from_record(record, directory)
         metadata.sweep(directory, record.files())
-        return cls(directory, geometry, found, policy or FoldPolicy())
+        return cls(directory, found, policy or FoldPolicy())
 
     def remove(self) -> None:
         """Remove the files. Queries may go on; nothing else may be called afterwards."""
         with self._folding, self._changing:
             metadata.remove(self._directory)
 
+    @contextmanager
+    def resting(self) -> Iterator[tuple[Path, HistoryRecord]]:
+        """Its directory and what its files are, while nothing but bits in bitmaps can change."""
+        with self._folding, self._changing:
+            yield self._directory, state.to_record(self._state)
+
     # What it is now
 
     @property
     def size(self) -> int:
         """Bytes of the device."""
-        return self._geometry.size
+        return self._state.geometry.size
 
     @property
     def tracking_block(self) -> int:
         """Bytes of a tracking block."""
-        return self._geometry.tracking_block
+        return self._state.geometry.tracking_block
 
     @property
     def blocks(self) -> int:
         """Tracking blocks of the device."""
-        return self._geometry.blocks
+        return self._state.geometry.blocks
 
     @property
     def generation(self) -> uuid.UUID:
@@ -177,26 +178,39 @@ class History:
     def memory(self) -> int:
         """Bytes of all its files, metadata excepted: all of it is resident in a tmpfs."""
         current = self._state
-        bitmaps = 1 if current.prepared is None else 2
-        return bitmaps * self._geometry.bitmap_bytes + sum(layer.length for layer in current.layers)
+        return sum(each.length for each in (*current.bitmaps(), *current.layers))
 
     def active_bytes(self) -> int:
         """Bytes of the blocks marked since the last snapshot, whole blocks, at this moment."""
         return min(self._state.active.count() * self.tracking_block, self.size)
+
+    def bitmaps_around(self, number: int) -> tuple[Path, Path]:
+        """The files in which writes to the image of the held snapshot `number` are marked: before it, and after it.
+
+        The one after it is the active one while it is the last snapshot. Where that interval was lost and counts as
+        changed anyway, the active one stands for it. While a take is under way the answer may be about to change.
+        Raises NoSuchSnapshot, HistoryDamaged.
+        """
+        current = self._state
+        if number not in current.held:
+            raise NoSuchSnapshot(f"snapshot {number} is not held; held are {listed(current.held)}")
+        return _marked_in(current, number), _marked_in(current, number + 1)
 
     # A take
 
     def prepare(self) -> Bitmap:
         """Make the clear bitmap that the next switch brings in; the same one again if it is there already.
 
-        Raises OSError if there is no room; then nothing has changed.
+        Raises OSError if there is no room, HistoryError while a resize is under way; then nothing has changed.
         """
         with self._changing:
             current = self._state
+            if current.resizing is not None:
+                raise HistoryError("a resize is under way: it must be ended first")
             if current.prepared is None:
                 path = self._next_path("bitmap")
                 try:
-                    bitmap = Bitmap.create(path, self._geometry)
+                    bitmap = Bitmap.create(path, self._state.geometry)
                     self._become(replace(current, prepared=bitmap))
                 except Exception:
                     path.unlink(missing_ok=True)
@@ -256,7 +270,7 @@ class History:
         with self._changing:
             current = self._state
             if number not in current.held:
-                raise NoSuchSnapshot(f"snapshot {number} is not held; held are {_listed(current.held)}")
+                raise NoSuchSnapshot(f"snapshot {number} is not held; held are {listed(current.held)}")
             self._become(replace(current, held=current.held - {number}))
 
     def lose(self, reason: str) -> None:
@@ -274,6 +288,7 @@ class History:
                     known_since=current.number + 1,
                     reason=reason,
                     layers=(),
+                    former=FormerRecord(current.generation, reason),
                 )
             )
 
@@ -289,38 +304,80 @@ class History:
                 folded = True
             return folded
 
+    # Another size
+
+    @property
+    def resizing(self) -> Bitmap | None:
+        """The active bitmap for another size, if a resize is under way."""
+        return self._state.resizing
+
+    def begin_resize(self, size: int) -> Bitmap:
+        """Make the clear bitmap that becomes the active one when the device has `size` bytes, more than now.
+
+        The process that does the I/O copies what is marked into it and goes on with it; then `end_resize`. Called
+        again, it makes another one. Raises HistoryError, ValueError, OSError if there is no room; nothing has changed.
+        """
+        with self._folding, self._changing:
+            current = self._state
+            geometry = Geometry(size, self.tracking_block)
+            if current.prepared is not None:
+                raise HistoryError("a take is under way: it must be ended first")
+            if size <= self.size:
+                raise HistoryError(f"a device of {self.size} bytes cannot be resized to {size}")
+            path = self._next_path("bitmap")
+            try:
+                bitmap = Bitmap.create(path, geometry)
+                self._become(replace(current, resizing=bitmap))
+            except Exception:
+                path.unlink(missing_ok=True)
+                raise
+            try:
+                self._enlarge(geometry)
+            except Exception:
+                self._become(replace(current, resizing=None))
+                raise
+            return bitmap
+
+    def end_resize(self) -> None:
+        """All is marked in the bitmap of `begin_resize` now, and what the device has grown by is marked as well.
+
+        Raises HistoryError, OSError; then it may be called again.
+        """
+        with self._folding, self._changing:
+            current = self._state
+            if current.resizing is None:
+                raise HistoryError("no resize is under way")
+            layers = self._enlarge(current.resizing.geometry)
+            grown = current.grown
+            if not grown or grown[-1][0] != current.number:
+                grown = (*grown, (current.number, self.size))
+            self._become(replace(current, active=current.resizing, resizing=None, layers=layers, grown=grown))
+            self._enlarged = None
+
+    def abandon_resize(self) -> None:
+        """Nothing is marked in the bitmap of `begin_resize`, which is dropped. Nothing to do if there is none.
+
+        Raises OSError; then it may be called again.
+        """
+        with self._folding, self._changing:
+            if self._state.resizing is not None:
+                self._drop_enlarged()
+                shorten(self._state.layers)
+                self._become(replace(self._state, resizing=None))
+
     # Queries
 
     def changes(self, since: Cursor | None, until: int | None = None) -> Changes:
         """What changed after `since` (None: since tracking began) up to snapshot `until` (None: the last one taken).
 
-        Says "all", with a reason, for a cursor of another generation ("new-generation"), one younger than `until`
-        ("future"), and one older than the history. Raises NoSuchSnapshot.
+        Says "all", with a reason, for a cursor of another generation ("new-generation", or why the former one was
+        lost), one younger than `until` ("future"), and one older than the history. Raises NoSuchSnapshot.
         """
-        current = self._state
-        end = _end(current, until)
-        reason = _unknown(current, since, end)
-        if reason is None:
-            ranges = query.byte_ranges(_layers_to(current, end), _number(since), self._geometry)
-        else:
-            ranges = np.array([[0, self.size]], np.int64)
-        return Changes(
-            since=since,
-            until=Cursor(current.generation, end),
-            tracking_block=self.tracking_block,
-            all=reason is not None,
-            reason=reason,
-            changed_bytes=int(ranges[:, 1].sum()),
-            ranges=ranges,
-        )
+        return changes.changes(self._state, since, until)
 
     def changed_blocks(self, since: Cursor | None, until: int | None = None) -> NDArray[np.bool_]:
         """The same as a bool for each tracking block, shape (blocks,); all True where `changes` says "all"."""
-        current = self._state
-        end = _end(current, until)
-        if _unknown(current, since, end) is not None:
-            return np.ones(self.blocks, np.bool_)
-        return query.changed_blocks(_layers_to(current, end), _number(since), self._geometry)
+        return changes.changed_blocks(self._state, since, until)
 
     def last_change(self) -> NDArray[np.uint32]:
         """For each block the interval it was last changed in, as of the last snapshot taken: shape (blocks,).
@@ -330,7 +387,7 @@ class History:
         array ran out of numbers, an old one may be higher than it was, never lower.
         """
         current = self._state
-        return query.last_numbers(current.layers, min(current.known_since, current.number), self._geometry)
+        return query.last_numbers(current.layers, min(current.known_since, current.number), current.geometry)
 
     # How it changes
 
@@ -343,16 +400,32 @@ class History:
 
         Raises OSError, and then the state is the former one. A file that cannot be removed is left to `open`.
         """
-        metadata.write(self._directory, state.to_record(following, self._geometry))
+        metadata.write(self._directory, state.to_record(following))
         former, self._state = self._state, following
         for path in former.paths() - following.paths():
             with suppress(OSError):
                 path.unlink()
 
+    def _enlarge(self, geometry: Geometry) -> tuple[Layer, ...]:
+        """The layers for a larger device; made once, so that the second call needs no room. Raises OSError."""
+        layers = self._state.layers
+        made = self._enlarged
+        if made is None or made.of is not layers or made.geometry != geometry:
+            self._drop_enlarged()
+            path = partial(self._next_path, "array")
+            made = self._enlarged = Enlarged(layers, geometry, enlarge(layers, geometry, path))
+        return made.layers
+
+    def _drop_enlarged(self) -> None:
+        if self._enlarged is not None:
+            for path in {layer.path for layer in self._enlarged.layers} - self._state.paths():
+                path.unlink(missing_ok=True)
+        self._enlarged = None
+
     def _next_run(self) -> tuple[Layer, ...] | None:
         current = self._state
         for run in fold.runs(current.layers, _ends(current)):
-            if fold.worth_folding(run, self._geometry, self._policy):
+            if fold.worth_folding(run, current.geometry, self._policy):
                 return run
         return None
 
@@ -369,7 +442,7 @@ class History:
             return self._exchange((taking, *sources), ArrayLayer(taking.first, run[-1].last, array, numbers))
         path = self._next_path("array")
         try:
-            array = LastChangeArray.create(path, self._geometry, int(np.count_nonzero(fold.touched(run))))
+            array = LastChangeArray.create(path, self._state.geometry, int(np.count_nonzero(fold.touched(run))))
             fold.store(run, array, numbers)
             if self._exchange(run, ArrayLayer(oldest.first, run[-1].last, array, numbers)):
                 return True
@@ -399,34 +472,11 @@ def _ends(current: State) -> frozenset[int]:
     return current.held | {current.number} | marked
 
 
-def _number(since: Cursor | None) -> int:
-    return 0 if since is None else since.number
-
-
-def _end(current: State, until: int | None) -> int:
-    end = current.number if until is None else until
-    if current.number == 0:
-        raise NoSuchSnapshot("no snapshot has been taken yet; changes are known up to a snapshot")
-    if end != current.number and end not in current.held:
-        raise NoSuchSnapshot(
-            f"snapshot {end} is not held; changes are known up to those that are ({_listed(current.held)}) "
-            f"and the last one taken ({current.number})"
-        )
-    return end
-
-
-def _unknown(current: State, since: Cursor | None, end: int) -> str | None:
-    """Why the changes from `since` to `end` are not known; None if they are."""
-    if since is not None and since.generation != current.generation:
-        return "new-generation"
-    if _number(since) > end:
-        return "future"
-    return current.reason if _number(since) < current.known_since else None
-
-
-def _layers_to(current: State, end: int) -> list[Layer]:
-    return [layer for layer in current.layers if layer.last <= end]
-
-
-def _listed(numbers: frozenset[int]) -> str:
-    return ", ".join(map(str, sorted(numbers))) or "none"
+def _marked_in(current: State, interval: int) -> Path:
+    """Where a write to an image is marked as a change in an interval: its bitmap, or any if all of it has changed."""
+    if current.known_since < interval <= current.number:
+        for layer in current.layers:
+            if layer.last == interval and isinstance(layer, IntervalLayer):
+                return layer.path
+        raise HistoryDamaged(f"interval {interval} has been folded, although a snapshot next to it is held")
+    return current.active.path

@@ -34,9 +34,14 @@ def create(path: Path, length: int) -> None:
 
 
 def extend(path: Path, old: int, new: int) -> None:
-    """Grow a file from `old` to `new` bytes, allocated. Raises OSError and leaves the length as it was."""
+    """Grow a file from `old` to `new` bytes, allocated; one that is longer is left alone.
+
+    Raises OSError and leaves the length as it was.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        if os.fstat(descriptor).st_size >= new:
+            return
         os.posix_fallocate(descriptor, old, new - old)
     except OSError:
         os.ftruncate(descriptor, old)
@@ -45,15 +50,24 @@ def extend(path: Path, old: int, new: int) -> None:
         os.close(descriptor)
 
 
-def map_shared(path: Path, length: int | None, *, writable: bool) -> mmap.mmap:
-    """Map a whole file. Raises HistoryDamaged if it is missing, no regular file, or not `length` bytes (None: any)."""
+def shorten(path: Path, length: int) -> None:
+    """Cut a file back to `length` bytes, where it is longer. Nobody has mapped more of it. Raises OSError."""
+    if path.stat().st_size > length:
+        os.truncate(path, length)
+
+
+def map_shared(path: Path, length: int | None, *, writable: bool, longer: bool = False) -> mmap.mmap:
+    """Map a file of `length` bytes (None: any), or so much of one that may be `longer`.
+
+    Raises HistoryDamaged if it is missing, no regular file, or of another length.
+    """
     descriptor = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
     try:
         found = os.fstat(descriptor).st_size
-        if found == 0 or (length is not None and found != length):
+        if found == 0 or (length is not None and (found < length or (found > length and not longer))):
             raise HistoryDamaged(f"{path}: {found} bytes long, expected {length or 'more'}")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        return mmap.mmap(descriptor, found, mmap.MAP_SHARED, protection)
+        return mmap.mmap(descriptor, length or found, mmap.MAP_SHARED, protection)
     finally:
         os.close(descriptor)
 

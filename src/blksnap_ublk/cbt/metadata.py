@@ -36,6 +36,20 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     numbers: tuple[tuple[int, int], ...] | None
 
 
+class FormerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The generation before this one, and why its history was lost."""
+
+    generation: UUID
+    reason: str
+
+
+class ResizingRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The active bitmap for another size, in bytes, that the process that does the I/O may have begun to mark in."""
+
+    file: str
+    size: int
+
+
 class HistoryRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All that a history is, except the contents of its bitmaps and arrays."""
 
@@ -49,11 +63,15 @@ class HistoryRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     active: str
     prepared: str | None
     layers: tuple[LayerRecord, ...]
+    former: FormerRecord | None = None
+    resizing: ResizingRecord | None = None
+    grown: tuple[tuple[int, int], ...] = ()
 
     def files(self) -> list[str]:
         """Names of the data files."""
         prepared = [] if self.prepared is None else [self.prepared]
-        return [self.active, *prepared, *(layer.file for layer in self.layers)]
+        resizing = [] if self.resizing is None else [self.resizing.file]
+        return [self.active, *prepared, *resizing, *(layer.file for layer in self.layers)]
 
 
 class _Head(msgspec.Struct):
@@ -102,7 +120,7 @@ def read(directory: Path) -> HistoryRecord:
         if envelope.checksum != _checksum(bytes(envelope.history)):
             raise ValueError("the checksum does not match")
         record = msgspec.json.decode(envelope.history, type=HistoryRecord)
-        _check(record)
+        check(record)
     except (ValueError, msgspec.MsgspecError) as error:
         raise HistoryDamaged(f"{path}: {error}") from error
     return record
@@ -130,8 +148,22 @@ def _checksum(history: bytes) -> str:
     return f"crc32:{zlib.crc32(history):08x}"
 
 
-def _check(record: HistoryRecord) -> None:
+def _check_sizes(record: HistoryRecord) -> None:
+    """Raise ValueError if the sizes that the device had, and is to have, are not ascending."""
+    if record.resizing is not None:
+        Geometry(record.resizing.size, record.tracking_block)
+    sizes = [size for _, size in record.grown]
+    numbers = [number for number, _ in record.grown]
+    if sizes != sorted(set(sizes)) or numbers != sorted(set(numbers)):
+        raise ValueError("the sizes that the device had are out of order")
+    if any(not 0 < size < record.size for size in sizes) or any(not 0 <= each <= record.number for each in numbers):
+        raise ValueError("sizes that the device never had")
+
+
+def check(record: HistoryRecord) -> None:
+    """Raise ValueError if a record contradicts itself."""
     Geometry(record.size, record.tracking_block)
+    _check_sizes(record)
     files = record.files()
     if not all(_DATA_FILE.fullmatch(name) for name in files) or len(set(files)) != len(files):
         raise ValueError("file names that no history has")

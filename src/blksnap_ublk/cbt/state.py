@@ -14,7 +14,7 @@ from blksnap_ublk.cbt.bitmap import Bitmap
 from blksnap_ublk.cbt.geometry import Geometry
 from blksnap_ublk.cbt.last_change import LastChangeArray
 from blksnap_ublk.cbt.layer import ArrayLayer, IntervalLayer, Layer
-from blksnap_ublk.cbt.metadata import HistoryRecord, LayerRecord
+from blksnap_ublk.cbt.metadata import FormerRecord, HistoryRecord, LayerRecord, ResizingRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +31,34 @@ class State:
     held: frozenset[int] = frozenset()
     layers: tuple[Layer, ...] = ()
     """Oldest first, without a gap from `known_since` to `number`."""
+    former: FormerRecord | None = None
+    resizing: Bitmap | None = None
+    """The active bitmap for another size: it may be marked in already, instead of the active one."""
+    grown: tuple[tuple[int, int], ...] = ()
+    """Pairs, ascending: up to this change number the device had this many bytes."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Size and tracking block of the device."""
+        return self.active.geometry
+
+    def size_at(self, number: int) -> int:
+        """Bytes of the device when snapshot `number` was taken."""
+        return next((size for last, size in self.grown if number <= last), self.geometry.size)
+
+    def bitmaps(self) -> list[Bitmap]:
+        """Those that are no layers yet."""
+        return [bitmap for bitmap in (self.active, self.prepared, self.resizing) if bitmap is not None]
 
     def paths(self) -> set[Path]:
         """The data files."""
-        prepared = set() if self.prepared is None else {self.prepared.path}
-        return {self.active.path, *prepared, *(layer.path for layer in self.layers)}
+        return {*(bitmap.path for bitmap in self.bitmaps()), *(layer.path for layer in self.layers)}
 
 
-def to_record(state: State, geometry: Geometry) -> HistoryRecord:
+def to_record(state: State) -> HistoryRecord:
     """What is written of a state."""
+    geometry = state.geometry
+    resizing = state.resizing
     return HistoryRecord(
         generation=state.generation,
         size=geometry.size,
@@ -59,11 +78,20 @@ def to_record(state: State, geometry: Geometry) -> HistoryRecord:
             )
             for layer in state.layers
         ),
+        former=state.former,
+        resizing=None if resizing is None else ResizingRecord(resizing.path.name, resizing.geometry.size),
+        grown=state.grown,
     )
 
 
-def from_record(record: HistoryRecord, directory: Path, geometry: Geometry) -> State:
+def from_record(record: HistoryRecord, directory: Path) -> State:
     """Map and check the files that a record names. Raises HistoryDamaged, OSError."""
+    geometry = Geometry(record.size, record.tracking_block)
+    resizing = None
+    longer = record.resizing is not None
+    if record.resizing is not None:
+        following = Geometry(record.resizing.size, record.tracking_block)
+        resizing = Bitmap(directory / record.resizing.file, following)
     return State(
         generation=record.generation,
         number=record.number,
@@ -72,14 +100,17 @@ def from_record(record: HistoryRecord, directory: Path, geometry: Geometry) -> S
         active=Bitmap(directory / record.active, geometry),
         prepared=None if record.prepared is None else Bitmap(directory / record.prepared, geometry),
         held=frozenset(record.held),
-        layers=tuple(_layer(layer, directory, geometry) for layer in record.layers),
+        layers=tuple(_layer(layer, directory, geometry, longer) for layer in record.layers),
+        former=record.former,
+        resizing=resizing,
+        grown=record.grown,
     )
 
 
-def _layer(record: LayerRecord, directory: Path, geometry: Geometry) -> Layer:
+def _layer(record: LayerRecord, directory: Path, geometry: Geometry, longer: bool) -> Layer:
     path = directory / record.file
     if record.numbers is None:
-        return IntervalLayer(record.last, Bitmap(path, geometry))
+        return IntervalLayer(record.last, Bitmap(path, geometry, longer=longer))
     numbers = _from_runs(record.numbers)
     array = LastChangeArray(path, geometry)
     array.check(len(numbers))

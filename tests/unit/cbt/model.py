@@ -58,10 +58,27 @@ class Model:
     held: set[int] = field(default_factory=set)
     known_since: int = 0
     reason: str | None = None
+    size: int = 0
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Bytes at the snapshots that were taken before the device grew, by their numbers."""
 
     @property
     def number(self) -> int:
         return len(self.intervals)
+
+    def size_at(self, number: int) -> int:
+        return self.sizes.get(number, self.size)
+
+    def grow(self, size: int, block: int) -> set[int]:
+        """The blocks that have grown, which count as changed."""
+        if not self.size:
+            raise ValueError("the model does not know the size")
+        for number in range(self.number + 1):
+            self.sizes.setdefault(number, self.size)
+        grown = set(range(self.size // block, -(-size // block)))
+        self.size, self.blocks = size, -(-size // block)
+        self.active |= grown
+        return grown
 
     def take(self) -> None:
         self.intervals.append(self.active)
@@ -99,16 +116,19 @@ class Model:
         changes = history.changes(cursor, until)
         bits = history.changed_blocks(cursor, until)
         assert bits.shape == (self.blocks,)
-        found = blocks_of(changes, history.size)
-        assert found == set(np.flatnonzero(bits).tolist())
+        size = self.size_at(until) or history.size
+        blocks = -(-size // history.tracking_block)
+        found = blocks_of(changes, size)
+        assert found == set(np.flatnonzero(bits[:blocks]).tolist())
         assert changes.until == Cursor(history.generation, until)
         assert changes.since == cursor
         number = since or 0
         if number > until or number < self.known_since:
             assert changes.all
             assert changes.reason == ("future" if number > until else self.reason)
-            assert found == set(range(self.blocks))
+            assert found == set(range(blocks))
             return
+        assert not bits[blocks:].any()
         assert not changes.all
         assert changes.reason is None
         expected = self.changed(number, until)
@@ -122,4 +142,5 @@ def files_of(directory: Path) -> set[str]:
 
 def expected_files(history: History) -> set[str]:
     """The files that a history needs, no more and no fewer."""
-    return {"history.json", *(path.name for path in history._state.paths())}
+    ahead = [] if history._enlarged is None else history._enlarged.layers
+    return {"history.json", *(path.name for path in history._state.paths()), *(layer.path.name for layer in ahead)}

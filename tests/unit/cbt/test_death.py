@@ -211,6 +211,58 @@ def test_lose(tmp_path: Path) -> None:
     die_everywhere(tmp_path, tmp_path / "template", lambda history: history.lose("unclean"), check)
 
 
+def grown_history(template: Path) -> tuple[History, Model]:
+    """With an array, bitmaps, and a bitmap next to a snapshot that is held."""
+    history, model = history_with(template, [[1, 2, 4095], [2], [3, 4095], [1, 4105]])
+    destroy(history, model, [1, 2], fold=True)
+    mark(history.active, [9])
+    model.active = {9}
+    model.size = SIZE
+    return history, model
+
+
+LARGE = 9 * SIZE + 1
+"""A bitmap of it needs another page."""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_begin_resize(tmp_path: Path, again: bool) -> None:
+    history, model = grown_history(tmp_path / "template")
+    if again:
+        history.begin_resize(10 * SIZE)
+
+    def check(found: History) -> None:
+        model.check(found)
+        found.abandon_resize()
+        model.check(found)
+        model.check(History.open(found.active.path.parent))
+
+    die_everywhere(tmp_path, tmp_path / "template", lambda history: history.begin_resize(LARGE), check)
+
+
+def test_end_resize(tmp_path: Path) -> None:
+    """The process that does the I/O goes on with the new bitmap before `end_resize`; it may be told so again."""
+    history, model = grown_history(tmp_path / "template")
+    marked = model.active | model.grow(LARGE, BLOCK)
+    mark(history.begin_resize(LARGE), marked)
+
+    def check(found: History) -> None:
+        if found.resizing is not None:
+            mark(found.begin_resize(LARGE), marked)
+            found.end_resize()
+        model.check(found)
+        found.fold()
+        model.check(found)
+
+    die_everywhere(tmp_path, tmp_path / "template", History.end_resize, check)
+
+
+def test_abandon_resize(tmp_path: Path) -> None:
+    history, model = grown_history(tmp_path / "template")
+    history.begin_resize(LARGE)
+    die_everywhere(tmp_path, tmp_path / "template", History.abandon_resize, model.check)
+
+
 def test_create_again(tmp_path: Path) -> None:
     """After a loss: the former history, none, or the next one, but never a mixture."""
     template = tmp_path / "template"

@@ -31,6 +31,47 @@ def ranges(history: History, since: int | None, until: int | None = None) -> lis
     return answer
 
 
+def test_bitmaps_around_a_held_snapshot_outlive_the_process_and_every_fold(tmp_path: Path) -> None:
+    history = History.create(tmp_path, 1 << 20, policy=FoldPolicy(always=True))
+    bitmaps = [history.active.path]
+    for _ in range(6):
+        take(history)
+        bitmaps.append(history.active.path)
+    for number in (1, 2, 4, 5):
+        history.destroy(number)
+        history.fold()
+    history = History.open(tmp_path)
+    assert history.bitmaps_around(3) == (bitmaps[2], bitmaps[3])
+    assert history.bitmaps_around(6) == (bitmaps[5], history.active.path)
+    history.prepare()
+    assert history.bitmaps_around(6) == (bitmaps[5], bitmaps[6])
+    for number in (0, 2, 7):
+        with pytest.raises(NoSuchSnapshot):
+            history.bitmaps_around(number)
+
+
+def test_bitmaps_around_a_snapshot_whose_history_was_lost(tmp_path: Path) -> None:
+    """Whatever is written to its image counts as changed anyway, until a snapshot whose cursor is good again."""
+    History.create(tmp_path, 1 << 20)
+    history = History.create(tmp_path, 1 << 20, number=3, held={2, 3}, reason="damaged")
+    lost = history.active
+    for number in (2, 3):
+        assert history.bitmaps_around(number) == (lost.path, lost.path)
+    assert take(history) == 4
+    assert history.bitmaps_around(4) == (history.active.path, history.active.path)
+    assert take(history) == 5
+    for number in (2, 3, 4, 5):
+        for path in history.bitmaps_around(number):
+            mark(Bitmap(path, history.active.geometry), [1])
+    assert history.changes(Cursor(history.generation, 3)).reason == "damaged"
+    assert ranges(history, 4) == [[64 * KIB, 64 * KIB]]
+    for number in (2, 3, 4):
+        history.destroy(number)
+    assert history.held == {5}
+    with pytest.raises(ValueError, match="never taken"):
+        History.create(tmp_path, 1 << 20, number=3, held={4}, reason="damaged")
+
+
 @pytest.mark.parametrize("size", [1, 512, 64 * KIB - 1, 64 * KIB])
 def test_device_of_one_block(tmp_path: Path, size: int) -> None:
     history = History.create(tmp_path, size)

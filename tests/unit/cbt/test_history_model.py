@@ -30,7 +30,7 @@ class HistoryMachine(RuleBasedStateMachine):
         self.directory = Path(self.temporary.name)
         self.policy = data.draw(self.policies)
         self.history = History.create(self.directory, size, BLOCK, policy=self.policy)
-        self.model = Model(self.history.blocks)
+        self.model = Model(self.history.blocks, size=size)
         self.generations = {self.history.generation}
 
     @rule(data=st.data(), longest=st.sampled_from([1, 70, 5000]))
@@ -78,6 +78,35 @@ class HistoryMachine(RuleBasedStateMachine):
         self.history = History.open(self.directory, policy=self.policy)
         assert (self.history.prepared is not None) is prepared
         self.history.abort()
+
+    @precondition(lambda self: self.model.size < SIZES[-1] * 2)
+    @rule(
+        more=st.sampled_from([1, 512, BLOCK, 70 * BLOCK, 4096 * BLOCK, 4097 * BLOCK + 1]),
+        broken_off=st.sampled_from(["", "", "refused", "control dies", "io dies"]),
+    )
+    def resize(self, more: int, broken_off: str) -> None:
+        size = self.model.size + more
+        bitmap = self.history.begin_resize(size)
+        self.model.check(self.history, exact=self.exact)
+        if broken_off == "refused":
+            self.history.abandon_resize()
+            self.history.abandon_resize()
+            return
+        marked = self.model.active | self.model.grow(size, BLOCK) if broken_off != "io dies" else self.model.active
+        mark(bitmap, marked)
+        if broken_off == "control dies":
+            self.history = History.open(self.directory, policy=self.policy)
+            assert self.history.resizing is not None
+            mark(self.history.begin_resize(size), marked)
+        if broken_off == "io dies":
+            self.history = History.open(self.directory, policy=self.policy)
+            self.history.lose("resized")
+            self.history.abandon_resize()
+            self.model.lose("resized")
+            self.generations.add(self.history.generation)
+            return
+        self.history.end_resize()
+        assert self.history.size == size
 
     @precondition(lambda self: self.model.number)
     @rule(reason=st.sampled_from(["unclean", "resized"]))

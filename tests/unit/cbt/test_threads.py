@@ -79,5 +79,5 @@ def test_query_that_began_before_a_fold(tmp_path: Path) -> None:
     for since in range(6):
         for until in (5, 6):
             layers = [layer for layer in before.layers if layer.last <= until]
-            found = query.changed_blocks(layers, since, history._geometry)
+            found = query.changed_blocks(layers, since, history.active.geometry)
             assert set(np.flatnonzero(found).tolist()) == (model.changed(since, until) if since < until else set())

@@ -23,6 +23,9 @@ class Disks:
     def on_file(self, image: Path, size: int) -> str:
         return self._stack.enter_context(loop_device(image, size))
 
+    def existing(self, image: Path) -> str:
+        return self._stack.enter_context(loop_device(image))
+
     def on_device(self, device: str) -> str:
         return self._stack.enter_context(loop_device(Path(device)))
 

@@ -10,6 +10,8 @@ import pytest
 from blksnap_ublk.forms import FindingState
 from blksnap_ublk.host import doctor, repair
 from blksnap_ublk.host.kernel import KernelVersion, traps_of
+from blksnap_ublk.host.left_over import LeftOvers, UnknownDisk, left_over_findings
+from blksnap_ublk.install import Installable, install
 
 RULES = "etc/udev/rules.d/63-storage-blksnap-ublk.rules"
 OK, WARN, FAIL = FindingState.OK, FindingState.WARN, FindingState.FAIL
@@ -101,11 +103,55 @@ def test_memory(tmp_path: Path) -> None:
     assert doctor.memory_finding(tmp_path).state is OK
 
 
-def test_left_over_devices_are_named() -> None:
-    assert doctor.left_over_finding([]).state is OK
-    finding = doctor.left_over_finding(["/dev/ublkb0", "/dev/ublkb7"])
+@pytest.mark.parametrize(
+    ("found", "name", "words"),
+    [
+        (LeftOvers(disks=[UnknownDisk("/dev/ublkb7")]), "left-over", ["/dev/ublkb7", "--fix"]),
+        (
+            LeftOvers(disks=[UnknownDisk("/dev/ublkb7", ["mount /x"])]),
+            "left-over",
+            ["used by mount /x", "end what uses"],
+        ),
+        (LeftOvers(foreign_disks=["/dev/ublkb8"]), "other-daemons", ["/dev/ublkb8", "BLKSNAP_UBLK_RUN"]),
+        (LeftOvers(runtimes=[Path("/run/x")]), "other-daemons", ["BLKSNAP_UBLK_RUN=/run/x blksnap-ublk serve"]),
+        (LeftOvers(lost_snapshots=["abcd"]), "snapshots", ["blksnap-ublk snapshot destroy abcd"]),
+        (LeftOvers(pinned_files=["/data/file"]), "storage-files", ["/data/file", "chattr -i"]),
+        (LeftOvers(problems=["mounts could not be looked at"]), "left-over", ["mounts could not"]),
+    ],
+)
+def test_what_is_left_over_is_named(found: LeftOvers, name: str, words: list[str]) -> None:
+    warnings = [finding for finding in left_over_findings(found) if finding.state is WARN]
+    assert [finding.name for finding in warnings] == [name]
+    assert all(word in f"{warnings[0].text} {warnings[0].advice}" for word in words)
+
+
+def test_nothing_left_over() -> None:
+    assert {finding.state for finding in left_over_findings(LeftOvers())} == {OK}
+
+
+def test_change_maps_that_wait_for_their_origin_are_no_fault() -> None:
+    paths = [Path(f"/var/lib/x/{n}.changes") for n in range(9)]
+    (found,) = [each for each in left_over_findings(LeftOvers(saved_changes=paths)) if each.advice]
+    assert found.state is OK
+    assert "and 4 more" in found.text
+
+
+def test_systemd(tmp_path: Path) -> None:
+    runtime = Path("/run/somewhere")
+    assert doctor.systemd_finding(tmp_path, runtime).state is OK
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    finding = doctor.systemd_finding(tmp_path, runtime)
+    assert finding.state is OK
+    assert "install systemd" in (finding.advice or "")
+    install(Installable.SYSTEMD, tmp_path, runtime)
+    assert doctor.systemd_finding(tmp_path, runtime).text == "runs the daemon"
+    unit = tmp_path / "etc/systemd/system/blksnap-ublk.service"
+    unit.write_text("another version's")
+    finding = doctor.systemd_finding(tmp_path, runtime)
     assert finding.state is WARN
-    assert "/dev/ublkb7" in finding.text
+    (said,) = repair.fix([finding], root=tmp_path, runtime=runtime)
+    assert said.startswith(f"systemd: wrote {unit}")
+    assert doctor.systemd_finding(tmp_path, runtime).text == "runs the daemon"
 
 
 def test_udev(tmp_path: Path) -> None:
@@ -145,14 +191,22 @@ def test_lvm_with_a_devices_file(tmp_path: Path) -> None:
     assert doctor.lvm_finding(tmp_path).state is OK
 
 
-def test_left_over_devices_are_deleted_only_when_there_are_some() -> None:
-    none, some = doctor.left_over_finding([]), doctor.left_over_finding(["/dev/ublkb3"])
-    assert repair.fix([none], delete_dead=lambda: ["/dev/ublkb4"]) == []
-    assert repair.fix([some], delete_dead=lambda: ["/dev/ublkb3"]) == ["left-over: deleted /dev/ublkb3"]
+def test_left_overs_are_taken_away_only_when_there_are_some() -> None:
+    none, some = (left_over_findings(LeftOvers(disks=disks)) for disks in ([], [UnknownDisk("/dev/ublkb3")]))
+    assert repair.fix(none, take_away=lambda: ["left-over: deleted /dev/ublkb4"]) == []
+    assert repair.fix(some, take_away=lambda: ["left-over: deleted /dev/ublkb3"]) == ["left-over: deleted /dev/ublkb3"]
 
 
 def test_this_host_can_be_examined_and_sent_as_json() -> None:
-    findings = doctor.examine(None, ["/dev/ublkb3"])
-    assert {finding.name for finding in findings} >= {"kernel", "ublk", "features", "io_uring", "left-over", "lvm"}
+    findings = doctor.examine(None, LeftOvers(disks=[UnknownDisk("/dev/ublkb3")]))
+    assert {finding.name for finding in findings} >= {
+        "kernel",
+        "ublk",
+        "features",
+        "io_uring",
+        "left-over",
+        "lvm",
+        "systemd",
+    }
     assert all(finding.advice for finding in findings if finding.state is FAIL)
     assert msgspec.json.decode(msgspec.json.encode(findings), type=list[dict[str, str | None]])
