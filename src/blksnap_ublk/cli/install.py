@@ -13,7 +13,13 @@ from blksnap_ublk.install import install as install_it
 from blksnap_ublk.install import uninstall as uninstall_it
 from blksnap_ublk.keeper.runtime import RuntimePaths
 
-What = Annotated[Installable, typer.Argument(help="udev: rules for our devices; lvm: a filter, in lvmlocal.conf.")]
+What = Annotated[
+    Installable,
+    typer.Argument(
+        help="udev: rules for our devices; lvm: a filter, in lvmlocal.conf; "
+        "systemd: units that run the daemon, end it last at a shutdown, and attach devices at boot."
+    ),
+]
 Root = Annotated[Path, typer.Option(metavar="DIR", help="The root of the system to change.")]
 
 
@@ -24,14 +30,15 @@ def add_to(app: typer.Typer) -> None:
 
 
 def install(what: What, root: Root = Path("/")) -> None:
-    """Tell another part of the system about our devices, and print the file that does."""
-    say(str(install_it(what, root, RuntimePaths.from_environment().root)))
+    """Tell another part of the system about our devices, and print the files that do."""
+    for path in install_it(what, root, RuntimePaths.from_environment().root):
+        say(str(path))
 
 
 def uninstall(context: typer.Context, what: What, root: Root = Path("/")) -> None:
-    """Take away what install has put there, and print the file that had it."""
-    path = uninstall_it(what, root)
-    if path is None:
+    """Take away what install has put there, and print the files that had it."""
+    paths = uninstall_it(what, root, RuntimePaths.from_environment().root)
+    if not paths:
         complain("nothing was installed", context.command_path)
-    else:
+    for path in paths:
         say(str(path))

@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import Sequence
 from pathlib import Path
 
 from blksnap_ublk.forms import Finding, FindingState
 from blksnap_ublk.host.kernel import OLDEST, ZERO_COPY, KernelVersion, traps_of
+from blksnap_ublk.host.left_over import LeftOvers, left_over_findings
 from blksnap_ublk.host.udev import Udev
-from blksnap_ublk.install import lvm_filter, udev_rules
+from blksnap_ublk.install import lvm_filter, systemd_units, udev_rules
 
 OK, WARN, FAIL = FindingState.OK, FindingState.WARN, FindingState.FAIL
 
@@ -25,7 +25,7 @@ _MEMORY_WANTED = 256 << 20
 
 def examine(
     features: int | None,
-    left_over: Sequence[str] = (),
+    left_over: LeftOvers | None = None,
     *,
     root: Path = Path("/"),
     release: str | None = None,
@@ -33,9 +33,9 @@ def examine(
 ) -> list[Finding]:
     """All findings, the most basic first.
 
-    `features` is the answer of GET_FEATURES, None where it could not be asked; `left_over` names ublk devices of ours
-    that nobody serves. `root` is where `/proc`, `/dev` … are looked for, `release` stands for `uname -r`; `runtime` is
-    the runtime directory of the daemon.
+    `features` is the answer of GET_FEATURES, None where it could not be asked; `left_over`: what was found left over,
+    None where nobody looked. `root` is where `/proc`, `/dev` … are looked for, `release` stands for `uname -r`;
+    `runtime` is the runtime directory of the daemon.
     """
     release = os.uname().release if release is None else release
     return [
@@ -46,9 +46,10 @@ def examine(
         memlock_finding(*resource.getrlimit(resource.RLIMIT_MEMLOCK)),
         io_uring_finding(root),
         memory_finding(root),
-        left_over_finding(left_over),
+        *([] if left_over is None else left_over_findings(left_over)),
         udev_finding(root, runtime),
         lvm_finding(root),
+        systemd_finding(root, runtime),
     ]
 
 
@@ -145,14 +146,6 @@ def memory_finding(root: Path) -> Finding:
     return _finding("memory", OK, text, None)
 
 
-def left_over_finding(left_over: Sequence[str]) -> Finding:
-    """Devices of ours without a server."""
-    if left_over:
-        advice = "blksnap-ublk doctor --fix deletes those without a disk; detach --force the others"
-        return _finding("left-over", WARN, f"not served: {', '.join(left_over)}", advice)
-    return _finding("left-over", OK, "no device is left without a server", None)
-
-
 def udev_finding(root: Path, runtime: Path) -> Finding:
     """Whether udev runs, and whether it has our rules."""
     if not (root / "run/udev/control").exists():
@@ -185,6 +178,20 @@ def lvm_finding(root: Path) -> Finding:
     else:
         advice = "blksnap-ublk install lvm, or blksnap-ublk doctor --fix"
     return _finding("lvm", WARN, text, advice)
+
+
+def systemd_finding(root: Path, runtime: Path) -> Finding:
+    """Whether systemd runs the daemon, if there is one, and as this version wants it."""
+    if not (root / "run/systemd/system").is_dir():
+        return _finding("systemd", OK, "does not run: the daemon looks after itself", None)
+    installed = systemd_units.units_installed(root, runtime)
+    if installed is None:
+        text = "does not run the daemon: commands start it, and nothing attaches devices at boot"
+        return _finding("systemd", OK, text, "where it is to: blksnap-ublk install systemd")
+    if not installed:
+        advice = "blksnap-ublk install systemd, or blksnap-ublk doctor --fix"
+        return _finding("systemd", WARN, "its units for the daemon are not those of this version", advice)
+    return _finding("systemd", OK, "runs the daemon", None)
 
 
 def _finding(name: str, state: FindingState, text: str, advice: str | None) -> Finding:

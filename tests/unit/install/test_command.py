@@ -13,15 +13,15 @@ app = typer.Typer()
 install.add_to(app)
 
 
-@pytest.mark.parametrize("what", ["udev", "lvm"])
-def test_the_file_is_printed(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["udev", "lvm", "systemd"])
+def test_the_files_are_printed(tmp_path: Path, what: str) -> None:
     runner = CliRunner()
     done = runner.invoke(app, ["install", what, "--root", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    path = Path(done.stdout.strip())
-    assert path.is_relative_to(tmp_path)
-    assert "blksnap" in path.read_text()
-    assert runner.invoke(app, ["uninstall", what, "--root", str(tmp_path)]).stdout.strip() == str(path)
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert all(path.is_relative_to(tmp_path) for path in paths)
+    assert "blksnap" in paths[0].read_text()
+    assert runner.invoke(app, ["uninstall", what, "--root", str(tmp_path)]).stdout == done.stdout
 
 
 def test_nothing_else_can_be_installed(tmp_path: Path) -> None:

@@ -25,15 +25,15 @@ def _put(root: Path, name: str, text: str) -> Path:
 def test_added_once_and_taken_away(tmp_path: Path, before: str | None) -> None:
     if before is not None:
         _put(tmp_path, LOCAL, before)
-    path = install(Installable.LVM, tmp_path)
+    (path,) = install(Installable.LVM, tmp_path)
     text = path.read_text()
     assert path == tmp_path / LOCAL
     assert text.startswith(before or "")
-    assert install(Installable.LVM, tmp_path) == path
+    assert install(Installable.LVM, tmp_path) == [path]
     assert path.read_text() == text
-    assert uninstall(Installable.LVM, tmp_path) == path
+    assert uninstall(Installable.LVM, tmp_path) == [path]
     assert path.read_text().rstrip("\n") == (before or "").rstrip("\n")
-    assert uninstall(Installable.LVM, tmp_path) is None
+    assert uninstall(Installable.LVM, tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["etc/lvm/lvm.conf", LOCAL])

@@ -21,7 +21,7 @@ def _verifies() -> bool:
 
 @pytest.mark.skipif(not _verifies(), reason="udevadm cannot verify rules (systemd before 254)")
 def test_udev_accepts_the_rules(tmp_path: Path) -> None:
-    path = install(Installable.UDEV, tmp_path)
+    (path,) = install(Installable.UDEV, tmp_path)
     done = subprocess.run(["udevadm", "verify", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -44,17 +44,17 @@ def test_rules_and_role_files_speak_of_the_same_properties() -> None:
 
 
 def test_installed_for_a_runtime_directory_and_taken_away(tmp_path: Path) -> None:
-    path = install(Installable.UDEV, tmp_path, Path("/run/elsewhere"))
+    (path,) = install(Installable.UDEV, tmp_path, Path("/run/elsewhere"))
     assert path == tmp_path / "etc/udev/rules.d/63-storage-blksnap-ublk.rules"
     text = path.read_text()
     assert "/run/elsewhere/udev/%k" in text
     assert udev_rules.DEFAULT_RUNTIME not in text
     assert udev_rules.rules_installed(tmp_path, Path("/run/elsewhere"))
     assert not udev_rules.rules_installed(tmp_path)
-    assert install(Installable.UDEV, tmp_path) == path
+    assert install(Installable.UDEV, tmp_path) == [path]
     assert udev_rules.rules_installed(tmp_path)
-    assert uninstall(Installable.UDEV, tmp_path) == path
-    assert uninstall(Installable.UDEV, tmp_path) is None
+    assert uninstall(Installable.UDEV, tmp_path) == [path]
+    assert uninstall(Installable.UDEV, tmp_path) == []
     assert list(path.parent.iterdir()) == []
 
 
