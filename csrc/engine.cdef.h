@@ -277,4 +277,8 @@ int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected,
 struct bsu_sim_held *bsu_sim_hold_map(struct bsu_arena *arena, unsigned int leave);
 unsigned int bsu_sim_give_map(struct bsu_sim_held *held, unsigned int pages);
 void bsu_sim_free_held(struct bsu_sim_held *held);
+void bsu_sim_kill(struct bsu_sim *sim);
+void bsu_sim_kill_device(struct bsu_device *dev);
+void bsu_sim_kill_image(struct bsu_image *image);
+void bsu_sim_unpublish(struct bsu_image *image, bool written, uint64_t unit, uint32_t slot);
 int bsu_sim_set_mutant(int mutant);

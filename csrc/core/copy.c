@@ -190,6 +190,10 @@ static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 		/* A sweep may have published what a former process had preserved. */
 		bool first = bsu_map_publish_first(&copy->image->map, copy->unit + i, slot);
 
+		if (MUTANT(BSU_MUTANT_PUBLISH_OVER) && !first) {
+			bsu_map_publish(&copy->image->map, copy->unit + i, slot);
+			continue;
+		}
 		published += first;
 		if (!first || slot == BSU_SLOT_BAD)
 			bsu_storage_return(storage, copy->place + i, 1);

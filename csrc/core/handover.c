@@ -135,6 +135,8 @@ void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t en
 
 		if (!leaf)
 			continue;
+		if (MUTANT(BSU_MUTANT_FREE_SHARED_LEAF) && leaf == own)
+			continue;
 		if (leaf == own || (is_zero_leaf(table, at) && !MUTANT(BSU_MUTANT_ZERO_LEAF_PRUNED)))
 			atomic_store_explicit(&table->leaf[at], 0, memory_order_relaxed);
 		else if (own)

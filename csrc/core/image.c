@@ -126,6 +126,8 @@ struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_
 	if (!image)
 		return NULL;
 	check_status(image);
+	image->least_preserved = atomic_load(&image->state->preserved);
+	image->least_written = atomic_load(&image->state->written);
 	atomic_store(&image->before, before);
 	atomic_store(&image->after, after);
 	*err = bsu_map_adopt(&image->map, heirs(image));

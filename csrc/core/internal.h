@@ -307,6 +307,8 @@ struct bsu_image {
 	_Atomic(_Atomic uint64_t *) after;
 	uint64_t size;
 	uint64_t released;		/* directory entries given back */
+	uint64_t least_preserved;	/* units that a former process had in its maps */
+	uint64_t least_written;
 	_Atomic bool taken;
 	_Atomic int queues;		/* one at most */
 	_Atomic int users;		/* queues, and I/O in flight that may use its map */

@@ -36,6 +36,7 @@ struct bsu_sweep {
 	unsigned int at;	/* image or storage */
 	bool written;		/* which of its maps */
 	uint64_t entry;		/* directory entry, or area */
+	uint64_t found;		/* slots of that map */
 	uint32_t place;		/* of the area; or page */
 };
 
@@ -109,7 +110,8 @@ static void break_upto(const struct bsu_image *image)
 	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&image->dev->view), image->storage);
 
 	for (unsigned int k = 0; chain && k < chain->nr_images; k++) {
-		bsu_image_break(chain->image[k], BSU_IMAGE_CORRUPTED, EBADMSG);
+		if (!MUTANT(BSU_MUTANT_BREAK_ONE) || chain->image[k] == image)
+			bsu_image_break(chain->image[k], BSU_IMAGE_CORRUPTED, EBADMSG);
 		if (chain->image[k] == image)
 			break;
 	}
@@ -153,20 +155,22 @@ static bool is_owner(const struct bsu_sweep *sweep, const struct bsu_record *rec
 	if (!(record->owner & BSU_OWNER_WRITTEN) == written)
 		return false;
 	if (written || serial == image->serial)
-		return serial == image->serial;
+		return serial == image->serial || MUTANT(BSU_MUTANT_SERIAL_UNCHECKED);
 	owner = find_image(sweep, serial);
 	return !owner || owner->dev == image->dev;
 }
 
-/* Whether a hand-over may have been broken off: then two maps may name a place. */
-static bool any_gone(const struct bsu_image *image)
+/* A hand-over was broken off: an older image had been given the place, and this one, which goes, had not yet let it go. */
+static bool is_handed_over(const struct bsu_image *image, bool written, uint64_t unit, uint32_t slot)
 {
 	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&image->dev->view), image->storage);
 
-	for (unsigned int k = 0; chain && k < chain->nr_images; k++)
-		if (bsu_image_status(chain->image[k], NULL) == BSU_IMAGE_GONE)
+	if (written || bsu_image_status(image, NULL) != BSU_IMAGE_GONE)
+		return MUTANT(BSU_MUTANT_NAMED_TWICE);
+	for (unsigned int k = 0; chain && k < chain->nr_images && chain->image[k] != image; k++)
+		if (bsu_map_get(&chain->image[k]->map, unit) == slot)
 			return true;
-	return false;
+	return MUTANT(BSU_MUTANT_NAMED_TWICE);
 }
 
 /* Whether @slot names a place that holds @unit; then it is kept. */
@@ -187,7 +191,7 @@ static bool slot_fits(const struct bsu_sweep *sweep, const struct bsu_image *ima
 	if (!MUTANT(BSU_MUTANT_SWEEP_TRUSTS_SLOTS) &&
 	    (!bsu_record_is_whole(record) || bsu_record_unit(record) != unit || !is_owner(sweep, record, image, written)))
 		return false;
-	return !keep(area, at) || any_gone(image);
+	return !keep(area, at) || is_handed_over(image, written, unit, slot);
 }
 
 /* A slot that was published meanwhile fits as well; one that does not fit is nobody's work. */
@@ -200,7 +204,9 @@ static void check_slot(const struct bsu_sweep *sweep, struct bsu_image *image, b
 		return;
 	if (slot_fits(sweep, image, slot, unit, written))
 		return;
-	if (written)
+	if (MUTANT(BSU_MUTANT_BAD_UNBROKEN))
+		;
+	else if (written)
 		bsu_image_break(image, BSU_IMAGE_CORRUPTED, EBADMSG);
 	else
 		break_upto(image);
@@ -208,26 +214,51 @@ static void check_slot(const struct bsu_sweep *sweep, struct bsu_image *image, b
 	atomic_store(where, BSU_SLOT_BAD);
 }
 
-static void check_table(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t entry)
+static uint64_t check_leaf(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t unit, struct bsu_leaf *leaf)
+{
+	uint64_t found = 0;
+
+	for (unsigned int i = 0; i < BSU_LEAF_UNITS; i++) {
+		uint32_t slot = atomic_load_explicit(&leaf->slot[i], memory_order_relaxed);
+
+		check_slot(sweep, image, written, unit + i, &leaf->slot[i]);
+		found += slot != BSU_SLOT_EMPTY && (written || slot != BSU_SLOT_ZERO);
+	}
+	return found;
+}
+
+/* Returns how many slots there are, but for what is exempt. */
+static uint64_t check_table(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t entry)
 {
 	const struct bsu_map *map = written ? &image->written : &image->map;
 	uint32_t index = atomic_load_explicit(&map->directory[entry], memory_order_acquire);
 	struct bsu_table *table;
+	uint64_t found = 0;
 
-	if (!bsu_arena_is_adopted_table(map->arena, index))
-		return;
-	bsu_arena_use_table(map->arena, index);
+	/* What two maps have in common has been gone through with the older one. */
+	if (!bsu_arena_is_adopted_table(map->arena, index) || bsu_arena_use_table(map->arena, index))
+		return 0;
 	table = bsu_arena_table(map->arena, index);
 	for (unsigned int at = 0; at < BSU_TABLE_LEAVES; at++) {
 		uint32_t leaf = atomic_load_explicit(&table->leaf[at], memory_order_acquire);
 		uint64_t unit = (entry * BSU_TABLE_LEAVES + at) * BSU_LEAF_UNITS;
 
-		if (!bsu_arena_is_adopted_leaf(map->arena, leaf))
-			continue;
-		bsu_arena_use_leaf(map->arena, leaf);
-		for (unsigned int i = 0; i < BSU_LEAF_UNITS; i++)
-			check_slot(sweep, image, written, unit + i, &bsu_arena_leaf(map->arena, leaf)->slot[i]);
+		if (bsu_arena_is_adopted_leaf(map->arena, leaf) && !bsu_arena_use_leaf(map->arena, leaf))
+			found += check_leaf(sweep, image, written, unit, bsu_arena_leaf(map->arena, leaf));
 	}
+	return found;
+}
+
+/* Zeroes and what could not be read have no records: that they are all there is known by their number. */
+static void check_number(struct bsu_image *image, bool written, uint64_t found)
+{
+	if (bsu_image_status(image, NULL) != BSU_IMAGE_ACTIVE ||
+	    found >= (written ? image->least_written : image->least_preserved))
+		return;
+	if (written)
+		bsu_image_break(image, BSU_IMAGE_CORRUPTED, EBADMSG);
+	else
+		break_upto(image);
 }
 
 static void step_slots(struct bsu_sweep *sweep)
@@ -241,9 +272,11 @@ static void step_slots(struct bsu_sweep *sweep)
 		return;
 	}
 	image = sweep->image[sweep->at];
-	check_table(sweep, image, sweep->written, sweep->entry);
+	sweep->found += check_table(sweep, image, sweep->written, sweep->entry);
 	if (++sweep->entry < image->map.entries)
 		return;
+	check_number(image, sweep->written, sweep->found);
+	sweep->found = 0;
 	sweep->entry = 0;
 	sweep->at += sweep->written;
 	sweep->written = !sweep->written;
@@ -264,8 +297,11 @@ static bool publish(struct bsu_map *map, struct bsu_area *area, uint32_t at, uin
 		return true;
 	if (bsu_map_reserve(map, unit, 1))
 		return false;
+	if (MUTANT(BSU_MUTANT_ROLL_FORWARD_OVER))
+		bsu_map_publish(map, unit, BSU_SLOT_EMPTY);
 	if (bsu_map_publish_first(map, unit, area->first + at + 1)) {
-		keep(area, at);
+		if (!MUTANT(BSU_MUTANT_ROLLED_FORWARD_FREE))
+			keep(area, at);
 		atomic_fetch_add_explicit(count, 1, memory_order_relaxed);
 	}
 	return true;
@@ -290,16 +326,19 @@ static bool heir_has(const struct bsu_image *image, uint64_t unit)
 	return false;
 }
 
-/* A release that was broken off had taken a table out of a map, and not cleared the records of all its places. */
+/* A release that was broken off had taken a table out of its map, and not cleared the records of all the places. */
+static bool had_let_go(const struct bsu_image *image, uint64_t unit, bool written)
+{
+	return bsu_image_status(image, NULL) == BSU_IMAGE_GONE &&
+	       atomic_load(&image->state->releasing) == unit / BSU_TABLE_UNITS + 1 && (written || heir_has(image, unit));
+}
+
+/* Whoever it was, had got the place from an image that has long gone. */
 static bool was_being_released(const struct bsu_sweep *sweep, const struct bsu_storage *storage, uint64_t unit)
 {
-	for (unsigned int i = 0; i < sweep->nr_images; i++) {
-		const struct bsu_image *image = sweep->image[i];
-
-		if (image->storage == storage && atomic_load(&image->state->releasing) == unit / BSU_TABLE_UNITS + 1 &&
-		    heir_has(image, unit))
+	for (unsigned int i = 0; i < sweep->nr_images && !MUTANT(BSU_MUTANT_RELEASE_IS_LOSS); i++)
+		if (sweep->image[i]->storage == storage && had_let_go(sweep->image[i], unit, false))
 			return true;
-	}
 	return false;
 }
 
@@ -310,6 +349,7 @@ static void check_record(struct bsu_sweep *sweep, struct bsu_storage *storage, s
 	uint32_t serial = (uint32_t)(record->owner >> BSU_OWNER_SERIAL_SHIFT), slot;
 	uint64_t unit = bsu_record_unit(record);
 	struct bsu_image *image = find_image(sweep, serial);
+	bool written = record->owner & BSU_OWNER_WRITTEN;
 	bool fits = true;
 
 	if (!image && (is_lost(sweep, serial) || was_being_released(sweep, storage, unit)))
@@ -318,10 +358,10 @@ static void check_record(struct bsu_sweep *sweep, struct bsu_storage *storage, s
 		break_all(sweep, storage);
 		return;
 	}
-	if (atomic_load(&image->state->releasing))
+	if (had_let_go(image, unit, written))
 		return;
-	if (record->owner & BSU_OWNER_WRITTEN) {
-		if (bsu_map_get(&image->written, unit) == BSU_SLOT_EMPTY &&
+	if (written) {
+		if ((bsu_map_get(&image->written, unit) == BSU_SLOT_EMPTY || MUTANT(BSU_MUTANT_ROLL_FORWARD_OVER)) &&
 		    !publish(&image->written, area, at, unit, &image->state->written))
 			bsu_image_break(image, BSU_IMAGE_CORRUPTED, ENOMEM);
 		return;

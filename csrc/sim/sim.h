@@ -108,6 +108,17 @@ struct bsu_sim_held *bsu_sim_hold_map(struct bsu_arena *arena, unsigned int leav
 unsigned int bsu_sim_give_map(struct bsu_sim_held *held, unsigned int pages);
 void bsu_sim_free_held(struct bsu_sim_held *held);
 
+/*
+ * The process dies: its simulator with all queues, and one by one the rest of
+ * what it had. Shared memory is not touched. Storages, arenas and sweeps are
+ * freed as always: that does not touch it either.
+ */
+void bsu_sim_kill(struct bsu_sim *sim);
+void bsu_sim_kill_device(struct bsu_device *dev);
+void bsu_sim_kill_image(struct bsu_image *image);
+/* Puts back what a map had for @unit: a death before that was published. Then there is but the death. */
+void bsu_sim_unpublish(struct bsu_image *image, bool written, uint64_t unit, uint32_t slot);
+
 /* Seeded bugs: -ENOTSUP unless built with BSU_MUTANTS. */
 int bsu_sim_set_mutant(int mutant);
 

@@ -28,7 +28,7 @@ NEED_COPY: int = lib.BSU_NEED_COPY
 SLOT_BAD = 2**32 - 1
 """What a map has for a unit that could not be read."""
 
-SLOT_ZERO = 2**32 - 2
+SLOT_ZERO = 2**32 - 4
 """What the map of what was written to an image has for a unit of zeroes."""
 
 _MOST = 256
@@ -237,6 +237,24 @@ class Simulator(Handle):
         unit = int(lib.bsu_sim_first_wrong(image.pointer, ffi.from_buffer(expected), start))
         return None if unit == -errno.ENOENT else unit
 
+    def kill(self, devices: Sequence[Device], images: Sequence[Image], parts: Sequence[Handle]) -> None:
+        """kill -9 of the process that has all of these: nothing of it runs any more, shared memory stays as it is.
+
+        `parts`: storages, arenas, sweeps.
+        """
+        lib.bsu_sim_kill(_killed(self))
+        for image in images:
+            lib.bsu_sim_kill_image(_killed(image))
+        for device in devices:
+            lib.bsu_sim_kill_device(_killed(device))
+        for part in parts:
+            part._free(_killed(part))
+
+    @staticmethod
+    def unpublish(image: Image, unit: int, slot: int, *, written: bool) -> None:
+        """Puts back what a map had for a unit, as if death had come before: `kill` follows."""
+        lib.bsu_sim_unpublish(image.pointer, written, unit, slot)
+
     def _free(self, pointer: Any) -> None:
         lib.bsu_sim_free(pointer)
 
@@ -255,6 +273,12 @@ class HeldMapMemory(Handle):
 
     def _free(self, pointer: Any) -> None:
         lib.bsu_sim_free_held(pointer)
+
+
+def _killed(part: Handle) -> Any:
+    """Its C object, which it has no longer."""
+    pointer, part._pointer = part.pointer, None
+    return pointer
 
 
 def set_mutant(number: int) -> None:

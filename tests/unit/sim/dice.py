@@ -13,11 +13,15 @@ from tests.unit.sim.death import die as death
 from tests.unit.sim.ending import end
 from tests.unit.sim.judge import S
 from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, TWO_TABLES, Shape
+from tests.unit.sim.torn import Cut
 from tests.unit.sim.world import World
 
 CHANGES = (Op.WRITE,) * 6 + (Op.WRITE_ZEROES, Op.DISCARD)
 IMAGE_CHANGES = (Op.WRITE,) * 4 + (Op.WRITE_ZEROES,)
 FLAGS = (0, 0, 0, 0, Flags.FUA, NEED_COPY, Flags.FUA | NEED_COPY)
+MOST_PORTIONS = 12
+"""Each death adds one, and takes longer with each."""
+
 LONG_NS = 10 * S
 """Longer waits for room end with the world."""
 
@@ -52,6 +56,7 @@ class Dice:
             prompt=die.random() < 0.6,
         )
         self.errors = 0.0 if tame else die.choice((0.02, 0.2))
+        self.deadly = die.choice((0.002, 0.002, 0.01, 0.018))
         self.hasty = die.choice((0.3, 0.6, 0.9))
         """How soon I/O completes."""
         self.rare: tuple[Callable[[], None], ...] = (
@@ -91,8 +96,10 @@ class Dice:
             world.tick(die.choice(impatient).wait_ns)
         if world.settling and die.random() < 0.2:
             world.portion(die.randrange(len(world.disks)))
-        if chance < 0.002:
-            death(world, [die.randrange(60) for _ in range(die.randrange(12))])
+        if not world.swept or world.late or world.again or any(store.quarantined for store in world.stores):
+            self.aftermath()
+        if chance < self.deadly and len(world.portions) < MOST_PORTIONS:
+            death(world, [die.randrange(60) for _ in range(die.randrange(12))], self.cut())
         elif chance < 0.02:
             die.choice(self.rare)()
         elif chance < 0.03:
@@ -153,6 +160,29 @@ class Dice:
             world.drop(die.randrange(16))
         else:
             world.replay(number, die.choice((1, 5, 1000)) * disk.shape.tracking_block)
+
+    def cut(self) -> Cut | None:
+        die = self.die
+        if die.random() < 0.4:
+            return None
+        return Cut(
+            die.randrange(16), die.choice((0, 0, 1, 2)), die.choice((1, 1, 2, 100)), die.random() < 0.3, die.random() < 0.5
+        )
+
+    def aftermath(self) -> None:
+        """What follows a death, a part of it now and then."""
+        die, world = self.die, self.world
+        chance = die.random()
+        if chance < 0.05:
+            world.land(die.randrange(16), half=die.random() < 0.3)
+        elif chance < 0.1:
+            world.sweep_portion()
+        elif chance < 0.12:
+            world.end_quarantine()
+        elif chance < 0.2 and world.again:
+            number = die.randrange(len(world.again))
+            if not world.drop_again(number):
+                world.close_gate(world.again[number].disk.number)
 
     def exempt(self) -> list[tuple[int, int]]:
         die = self.die

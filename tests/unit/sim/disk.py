@@ -79,6 +79,7 @@ class Disk:
         self.interval = Interval(self.size, shape.tracking_block)
         """The one that the active bitmap is for."""
         self.swallowed = self.interval.new_bitmap()
+        self.open(sim)
         self.serve(sim, threads)
         # What may be there. A write may be seen from its submission on, until another one that was submitted after
         # its end has ended itself. `ended` is indexed by write number, the others by sector.
@@ -92,8 +93,8 @@ class Disk:
         self.base = self.words.copy()
         """What it held when the interval began."""
 
-    def serve(self, sim: Simulator, threads: list[int]) -> None:
-        """Makes the device and its queues, with the bitmaps that there are, on an origin of zeroes."""
+    def open(self, sim: Simulator) -> None:
+        """Makes the device, with the bitmaps that there are, on an origin of zeroes."""
         shape = self.shape
         self.file = sim.add_file(self.size)
         self.words: Words = np.frombuffer(self.file.data, np.uint64).reshape(-1, WORDS)
@@ -105,6 +106,11 @@ class Disk:
             bitmap=self.interval.bitmap,
             swallowed=self.swallowed,
         )
+        self.gate_closed = False
+
+    def serve(self, sim: Simulator, threads: list[int]) -> None:
+        """Makes its queues."""
+        shape = self.shape
         self.queues = [
             sim.add_queue(
                 threads[(self.number + n) % len(threads)],
@@ -114,7 +120,6 @@ class Disk:
             )
             for n in range(shape.queues)
         ]
-        self.gate_closed = False
 
     def submitted(self, request: Request) -> None:
         """A request begins."""

@@ -38,6 +38,17 @@ class Held:
         self.exempt: set[int] = set()
         """Units that read as zeroes and are not preserved for it."""
 
+    def adopt(self, sim: Simulator, arena: engine.Arena) -> None:
+        """Another process has it from now on, with the state, and the bitmaps, as they are."""
+        self.sim = sim
+        self.disk_device = self.disk.device
+        self.queue = None
+        before, after = self.intervals
+        adopted = engine.Adopted(self.disk.size, (before.bitmap, after.bitmap))
+        self.image = engine.Image(
+            self.disk.device, self.store.storage, arena, self.state, serial=self.serial, adopt=adopted
+        )
+
     def taken(self, before: Interval, after: Interval) -> None:
         """This is its instant, between these two intervals."""
         self.content = ImageContent(self.disk.words.copy())

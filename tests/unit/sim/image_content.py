@@ -46,6 +46,18 @@ class ImageContent:
         else:
             self._changes.append(request)
 
+    def died(self) -> None:
+        """The process that served it has died: reads under way have seen nothing, changes may have done anything."""
+        self._reads.clear()
+
+    def begins_again(self, request: Request) -> None:
+        """Its successor gets a request that was under way then."""
+        if request in self._changes:
+            self._changes.remove(request)
+        if request.op is not Op.FLUSH:
+            request.also.clear()
+            self.begins(request)
+
     def ends(self, request: Request) -> None:
         """It has ended, well or not."""
         if request.op is Op.READ:

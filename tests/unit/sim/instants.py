@@ -89,7 +89,7 @@ class Instants(Judge):
         if not self.held:
             return False
         held = self.held[image % len(self.held)]
-        if not self.still(held.disk):
+        if not self.still(held.disk) or not self._may_go(held):
             return False
         self.settle_switch(held.disk)
         self._leave(held)
@@ -100,11 +100,14 @@ class Instants(Judge):
         if not self.held:
             return False
         held = self.held[image % len(self.held)]
-        if not self.younger_active(held):
+        if not self.younger_active(held) or not self._may_go(held):
             return False
         self.settle_switch(held.disk)
         self._leave(held)
         return True
+
+    def _may_go(self, held: Held) -> bool:
+        return self.swept or held not in self.adopted
 
     def younger_active(self, held: Held) -> bool:
         """Whether a younger image of its chain can be trusted."""
@@ -120,8 +123,11 @@ class Instants(Judge):
         needs_gate = held.disk.device.begin_drop()
         assert needs_gate is not younger, "the gate is for copies to the image that goes"
         self.sim.switch([held.disk.device], [None], settle=False)
-        self.held.remove(held)
-        self.gone.append(held)
+        if held in self.again:
+            self.again.remove(held)
+        else:
+            self.held.remove(held)
+            self.gone.append(held)
         self.settling.append(held)
         self.settle()
 

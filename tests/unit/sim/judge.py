@@ -206,9 +206,13 @@ class Judge(Machine):
         return min(store.unused_before, store.unused) - passing <= store.kept
 
     def _check_image(self, held: Held) -> None:
+        if self.flipped and not self.swept:
+            return
         status, error = held.image.status
         if status is ImageStatus.ACTIVE:
             chain = self.chain(held)
+            if self.flipped:
+                held.unreadable |= set(range(self.shape.units))
             held.check(chain[chain.index(held) :])
         elif held.status is ImageStatus.ACTIVE:
             held.status = status
@@ -243,7 +247,8 @@ class Judge(Machine):
     def _may_break(self, held: Held, error: int) -> bool:
         waited = self.waited.get(held.disk.number, 0)
         return (
-            held.serial in self.forsaken
+            self.flipped
+            or held.serial in self.forsaken
             or (error == errno.ETIMEDOUT and (waited >= COPY_LIMIT_NS or self._is_silent(held.store)))
             or (error == errno.ENOMEM and waited >= MAP_LIMIT_NS and self.starved)
             or (error == errno.EBADMSG and bool(held.store.damaged))
@@ -254,6 +259,8 @@ class Judge(Machine):
     def _free_gone(self) -> None:
         """Images that were dropped are freed when nothing refers to them any more."""
         for held in list(self.gone):
+            if held in self.again:
+                continue
             given_up = held.queue is not None and any(io.queue == held.queue for io in self.ios.values())
             if given_up or any(reader is held for reader in self.of_image.values()):
                 with pytest.raises(OSError, match="closing an image"):

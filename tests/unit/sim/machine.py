@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from blksnap_ublk import engine
@@ -24,7 +26,10 @@ class Machine:
         self.requests: dict[int, Request] = {}
         self.starved = not shape.map_memory
         """Whether map memory was ever short."""
+        self.flipped = False
+        """Whether a test has changed shared state: images may be lost or break, and show nothing wrong."""
         self.begin()
+        self.stores = [Store(self.sim, self.shape.unit, areas) for areas in self.shape.storages]
         self.disks = [Disk(self.sim, shape, self.threads, number) for number in range(shape.disks)]
         self.know_queues()
         self.ns = 1
@@ -32,20 +37,30 @@ class Machine:
         self.sound = True
         """False from the beginning of a step until its checks are over."""
 
-    def begin(self) -> None:
-        """What a process has for itself when it starts, but for the devices."""
+    def begin(self, *, former: bool = False) -> None:
+        """What a process has for itself when it starts, but for storages and devices. `former`: there was another."""
         self.sim = Simulator()
         self.threads = [self.sim.add_thread(self.shape.pool) for _ in range(self.shape.threads)]
         self.arena = engine.Arena()
-        if self.shape.map_memory:
+        self.portions: list[Any] = []
+        """Map memory, as it was added."""
+        if self.shape.map_memory and not former:
             self.add_map_memory()
-        self.stores = [Store(self.sim, self.shape.unit, areas) for areas in self.shape.storages]
         self.held: list[Held] = []
         """In the order they were taken."""
         self.settling: list[Held] = []
         """Dropped and not yet handed over."""
         self.gone: list[Held] = []
         """Dropped and not yet freed."""
+        self.adopted: list[Held] = []
+        """Images that a former process had, the oldest first."""
+        self.again: list[Held] = []
+        """Of these and of `gone`: to be dropped once more."""
+        self.left: dict[int, list[Request]] = {}
+        """By serial: requests to an image that a former process did not end, and which is not served yet."""
+        self.swept = not former
+        self.lost: list[int] = []
+        """Serials of images that could not be adopted."""
         self.ios: dict[int, SimIo] = {}
         self.applied: set[int] = set()
         self.of_image: dict[int, Held] = {}
@@ -70,13 +85,14 @@ class Machine:
         if io.request:
             return []
         disk = self.disk_of_queue[io.queue]
-        every = sorted(self.held + self.settling, key=lambda other: other.serial)
-        return [held for held in every if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)]
+        return [held for held in self._in_views() if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)]
 
     def chain(self, held: Held) -> list[Held]:
         """The images of its disk and storage, oldest first; also one that is being handed over."""
-        every = sorted(self.held + self.settling, key=lambda other: other.serial)
-        return [other for other in every if other.disk is held.disk and other.store is held.store]
+        return [other for other in self._in_views() if other.disk is held.disk and other.store is held.store]
+
+    def _in_views(self) -> list[Held]:
+        return sorted(self.held + self.settling + self.again, key=lambda held: held.serial)
 
     def still(self, disk: Disk) -> bool:
         """Whether the gate is closed and nothing that passed it is under way."""
@@ -103,4 +119,5 @@ class Machine:
 
     def add_map_memory(self) -> None:
         """Adds a portion."""
-        self.arena.add(np.zeros(engine.ARENA_PORTION, dtype=np.uint8))
+        self.portions.append(np.zeros(engine.ARENA_PORTION, dtype=np.uint8))
+        self.arena.add(self.portions[-1])

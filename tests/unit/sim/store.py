@@ -15,6 +15,10 @@ GAP = 512
 """Bytes before and after each area that nobody may write."""
 
 
+QUARANTINE_WAIT_NS = 5_000_000_000
+"""What writers wait at least while it is not known which places are free."""
+
+
 class Place:
     """FREE: may be given out. BUSY: a storage write is under way. USED: written."""
 
@@ -38,17 +42,50 @@ class Store:
         self.places = np.zeros(0, dtype=np.uint8)
         self.damaged: set[int] = set()
         """Places whose data a test has changed."""
+        self._contents: list[bytes] = []
         self._used = 0
         self.unused_before = 0
         """Places that were left when the step under way began."""
-        self.wait_ns = 0
-        """For room, before it overflows."""
+        self._wait_ns = 0
         self.low = 0
         """Places: control is told, once, when fewer are free."""
         self.told = False
         """Whether it may have been, since that was set or an area was added."""
+        self.quarantined = False
+        self.late: set[int] = set()
+        """Places that a dead process may still write."""
         for units in areas:
             self.grow(units)
+
+    def died(self) -> None:
+        """The process that has it is about to die: its files go with their simulator."""
+        self._contents = [bytes(file.data) for file, _ in self.files.values()]
+
+    def adopt(self, sim: Simulator) -> None:
+        """Another process has it from now on: with the shared memory that there is, and files that hold the same."""
+        self.sim = sim
+        self.quarantined = bool(self.state.view(np.uint64)[2])
+        self.storage = engine.Storage(self.state, unit=self.unit, adopt=True)
+        self.files = {}
+        for content, (first, records) in zip(self._contents, self.records, strict=True):
+            file = sim.add_file(len(content))
+            file.data[:] = content
+            self.storage.add_area(file, GAP, len(content) - GAP - 1, records)
+            self.files[file.index] = (file, first)
+        self.places[self.places == Place.BUSY] = Place.USED
+        self._used = -1
+        self.set_room(wait_ms=self._wait_ns // 1_000_000, low=self.low)
+
+    def end_quarantine(self) -> None:
+        """What dead processes wrote has landed, or never will."""
+        self.late.clear()
+        self.storage.end_quarantine()
+        self.quarantined = False
+
+    @property
+    def wait_ns(self) -> int:
+        """For room, before it overflows."""
+        return max(self._wait_ns, QUARANTINE_WAIT_NS) if self.quarantined else self._wait_ns
 
     def grow(self, units: int) -> None:
         """Appends an area."""
@@ -63,7 +100,7 @@ class Store:
 
     def set_room(self, *, wait_ms: int, low: int) -> None:
         """See engine.Storage; `low`: places."""
-        self.wait_ns = wait_ms * 1_000_000
+        self._wait_ns = wait_ms * 1_000_000
         self.low = low
         self.told = False
         self.storage.set_room(wait_ms=wait_ms, low=low * self.unit)
@@ -101,6 +138,7 @@ class Store:
             for place in range(places.start, places.stop):
                 known = self.places[place]
                 free = known == Place.FREE or (known == Place.USED and not referred(place))
+                assert place not in self.late, f"place {place} is written, and a dead process may write it too"
                 assert free, f"place {place} is given out twice, now for unit {io.unit}"
                 assert self.sim.place_used(self.storage, place), f"place {place} is written and not given out"
         self.places[places] = Place.BUSY
@@ -121,13 +159,18 @@ class Store:
         for place in np.flatnonzero(self.places):
             if not self.sim.place_used(self.storage, int(place)):
                 assert self.places[place] != Place.BUSY, "a place went back while it is written"
+                assert int(place) not in self.late, "a place went back while a dead process may write it"
                 self.places[place] = Place.FREE
         self._used = used
 
+    def record(self, place: int, records: list[tuple[int, Any]] | None = None) -> Any:
+        """The 16 bytes that say what a place holds; in a copy of `records`, if there is one."""
+        first, memory = max((area for area in records or self.records if area[0] <= place), key=lambda area: area[0])
+        return memory[16 * (place - first) : 16 * (place - first + 1)]
+
     def damage_record(self, place: int, byte: int) -> None:
-        """Changes one of the 16 bytes that say what a place holds."""
-        first, records = max((area for area in self.records if area[0] <= place), key=lambda area: area[0])
-        records[16 * (place - first) + byte] ^= 1 << byte % 8
+        """Changes a byte of it."""
+        self.record(place)[byte] ^= 1 << byte % 8
         self.damaged.add(place)
 
     def damage(self, place: int, byte: int) -> None:

@@ -17,6 +17,7 @@ from tests.unit.sim.death import die
 from tests.unit.sim.ending import end
 from tests.unit.sim.judge import S
 from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, Shape
+from tests.unit.sim.torn import Cut
 from tests.unit.sim.world import World
 
 few = st.integers(0, 7)
@@ -26,6 +27,9 @@ starts = st.integers(0, 40) | st.sampled_from([63 * 8, 64 * 8 - 1, 64 * 8]) | st
 errors = st.sampled_from([errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EINTR])
 changes = st.sampled_from([Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD])
 image_changes = st.sampled_from([Op.WRITE, Op.WRITE, Op.WRITE_ZEROES])
+cuts = st.none() | st.builds(
+    Cut, few, st.sampled_from([0, 0, 1, 2]), st.sampled_from([1, 1, 2, 100]), half=st.booleans(), kept=st.booleans()
+)
 shapes = st.builds(
     lambda geometry, **rest: Shape(**geometry, **rest),
     st.sampled_from(GEOMETRIES[:6]),
@@ -185,9 +189,30 @@ class AnyOrder(RuleBasedStateMachine):
     def fail_data(self) -> None:
         self.w.fail_data()
 
-    @rule(landing=st.lists(st.integers(0, 60), max_size=8))
-    def die(self, landing: list[int]) -> None:
-        die(self.w, landing)
+    @precondition(lambda self: len(self.w.portions) < 8)
+    @rule(landing=st.lists(st.integers(0, 60), max_size=8), cut=cuts)
+    def die(self, landing: list[int], cut: Cut | None) -> None:
+        die(self.w, landing, cut)
+
+    @precondition(lambda self: self.w.late)
+    @rule(late=few, half=st.booleans())
+    def land(self, late: int, half: bool) -> None:
+        self.w.land(late, half=half)
+
+    @precondition(lambda self: not self.w.swept)
+    @rule()
+    def sweep_portion(self) -> None:
+        self.w.sweep_portion()
+
+    @precondition(lambda self: self.w.swept and any(store.quarantined for store in self.w.stores))
+    @rule()
+    def end_quarantine(self) -> None:
+        self.w.end_quarantine()
+
+    @precondition(lambda self: self.w.swept and self.w.again)
+    @rule(image=few)
+    def drop_again(self, image: int) -> None:
+        self.w.drop_again(image)
 
     def teardown(self) -> None:
         if self.world and self.world.sound:

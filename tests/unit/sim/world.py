@@ -17,14 +17,14 @@ from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import ALL, HeldMapMemory, SimIo
 from tests.unit.sim.disk import WORDS, Request, filled, stamps
 from tests.unit.sim.held import Held, would_break
-from tests.unit.sim.instants import Instants
+from tests.unit.sim.aftermath import Aftermath
 from tests.unit.sim.shape import SECTOR
 from tests.unit.sim.store import Place
 
 REPEATED = (errno.EAGAIN, errno.EINTR)
 
 
-class World(Instants):
+class World(Aftermath):
     """See above."""
 
     # ---- requests ----
@@ -55,12 +55,15 @@ class World(Instants):
             return None
         held = every[image % len(every)]
         if held.queue is None:
-            if held in self.gone:
+            if held in self.gone or (held in self.adopted and not self.swept):
                 return None
             thread = self.threads[held.serial % len(self.threads)]
             held.queue = self.sim.add_queue(
                 thread, image=held.image, depth=self.shape.depth, zero_copy=self.shape.zero_copy
             )
+            for request in self.left.pop(held.serial, []):
+                request.queue = held.queue
+                self.begin_again(request, held)
         return self._begin(held.queue, op, start, sectors, flags, held)
 
     def _device_queue(self, queue: int) -> int:
@@ -105,12 +108,15 @@ class World(Instants):
             for interval in held.intervals:
                 interval.touch(request.start, request.length)
 
-    def begin_again(self, request: Request) -> None:
-        """The kernel hands a request that a dead process left behind to its successor."""
+    def begin_again(self, request: Request, held: Held | None = None) -> None:
+        """The kernel hands a request that a dead process left behind to its successor; `held`: the image it is for."""
         self.next_step()
         number = self.sim.request(request.queue, request.op, request.flags, request.start, request.length, request.data)
         assert number is not None, "a queue has fewer tags than before"
         self._outstanding(request, number)
+        if held:
+            self.of_image[number] = held
+            held.content.begins_again(request)
         request.errors.clear()
         request.parked = False
         request.submitted_ns = self.ns
