@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blksnap_ublk.client import Client, connect
+from blksnap_ublk.keeper.processes import read_processes
 from tests.loop_devices import loop_device
 
 PATIENCE = 120.0
@@ -48,8 +48,8 @@ class OwnDaemon:
         return connect(str(self.runtime / "io.blksnap.Ublk"))
 
     def pid(self, role: str) -> int:
-        """The process that is the keeper, io or control now."""
-        return int(json.loads((self.runtime / "daemon.lock").read_text())[role])
+        """The process that is the keeper, io, control, io-spare or control-spare now; KeyError if there is none."""
+        return read_processes(self.runtime / "state" / "processes").processes[role].pid
 
     def start(self, program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> None:
         """Returns when it serves. `program`: what Python is to run."""
@@ -69,7 +69,8 @@ class OwnDaemon:
     def state(self) -> set[str]:
         """The names of its state files, apart from those of the keeper."""
         names = os.listdir(self.runtime / "state")
-        return {name for name in names if not name.startswith(("ring-lock.", "map-", "events", "catalogue"))}
+        common = ("ring-lock.", "map-", "events", "catalogue", "processes", "layout")
+        return {name for name in names if not name.startswith(common)}
 
 
 def wait_until(what: str, condition: Callable[[], bool]) -> None:
@@ -103,7 +104,7 @@ def own_daemon(program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> I
     """
     before = ublk_nodes()
     with tempfile.TemporaryDirectory(prefix="blksnap-test-") as runtime:
-        daemon = OwnDaemon(Path(runtime), os.environ | {"BLKSNAP_UBLK_RUN": runtime})
+        daemon = OwnDaemon(Path(runtime), os.environ | _environment(runtime))
         daemon.start(program)
         try:
             yield daemon
@@ -113,6 +114,11 @@ def own_daemon(program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> I
             finally:
                 daemon.end()
     assert ublk_nodes() <= before, daemon.log()
+
+
+def _environment(runtime: str) -> dict[str, str]:
+    """What makes programs use a runtime directory, and keep in it what others keep on a disk."""
+    return {"BLKSNAP_UBLK_RUN": runtime, "BLKSNAP_UBLK_STATE": f"{runtime}/saved"}
 
 
 def _is_alive(pid: int) -> bool:

@@ -2,16 +2,18 @@
 """The commands serve and version."""
 
 import os
+import subprocess
 import sys
 from typing import Annotated
 
+import msgspec
 import typer
 
 from blksnap_ublk.cli.command import PROGRAM, Json, Settings, client, command
 from blksnap_ublk.cli.output import complain, say, say_json
 from blksnap_ublk.client import Client, connect
-from blksnap_ublk.errors import BlksnapError, Busy, UsageError
-from blksnap_ublk.forms import Version
+from blksnap_ublk.errors import BlksnapError, Busy, UsageError, with_exit_code
+from blksnap_ublk.forms import TakenOver, Version
 from blksnap_ublk.version import installed_version
 
 
@@ -33,18 +35,34 @@ def serve(
         ),
     ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="End the daemon; devices in use are kept for recovery.")] = False,
+    takeover: Annotated[
+        bool,
+        typer.Option(
+            "--takeover",
+            help="Replace the daemon that runs by this version, while it is in use; "
+            "whatever uses its devices waits for a moment.",
+        ),
+    ] = False,
+    json: Json = False,
 ) -> None:
     """Start the daemon, where it does not run already. Other commands do this by themselves."""
     settings: Settings = context.obj
-    if foreground and stop:
-        raise UsageError("--foreground and --stop exclude one another")
+    for name, option in (("--foreground", foreground), ("--takeover", takeover)):
+        if option and stop:
+            raise UsageError(f"{name} and --stop exclude one another")
+    if json and not takeover:
+        raise UsageError("--json needs --takeover")
     if hooks is not None and stop:
         raise UsageError("--hooks and --stop exclude one another")
     if hooks is not None and not os.path.isdir(hooks):
         raise UsageError("not a directory", subject=f"--hooks {hooks}")
     if foreground:
-        options = [] if hooks is None else ["--hooks", os.path.abspath(hooks)]
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "blksnap_ublk.daemon.main", "--foreground", *options])
+        options = ["--takeover"] if takeover else []
+        os.execv(sys.executable, [*_daemon(hooks), "--foreground", *options])
+    if takeover:
+        pause = _take_over(hooks)
+        say_json(pause) if json else say(f"replaced the daemon; what it serves waited for {pause.pause_ms} ms")
+        return
     running = _running(settings.socket)
     if running is not None:
         with running:
@@ -60,6 +78,19 @@ def serve(
     else:
         with client(context, hooks) as started:
             started.connect()
+
+
+def _take_over(hooks: str | None) -> TakenOver:
+    done = subprocess.run([*_daemon(hooks), "--takeover"], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise with_exit_code(lines[-1].removeprefix("blksnap-ublkd: "), done.returncode)
+    return msgspec.json.decode(done.stdout, type=TakenOver)
+
+
+def _daemon(hooks: str | None) -> list[str]:
+    options = [] if hooks is None else ["--hooks", os.path.abspath(hooks)]
+    return [sys.executable, "-P", "-m", "blksnap_ublk.daemon.main", *options]
 
 
 def version(context: typer.Context, json: Json = False) -> None:

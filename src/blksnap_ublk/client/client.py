@@ -86,8 +86,12 @@ class Client:
         depth: int | None = None,
         tracking_block: int | None = None,
         unit: int | None = None,
+        trust_offline: bool = False,
     ) -> forms.Device:
-        """Serve the filtered device of the origin at path `device`; None means the default."""
+        """Serve the filtered device of the origin at path `device`; None means the default.
+
+        `trust_offline`: nobody has written to the origin since it was detached, whatever it shows.
+        """
         attached = self._call(
             "Attach",
             calls.Attach(
@@ -97,6 +101,7 @@ class Client:
                 depth=depth,
                 tracking_block=tracking_block,
                 unit=unit,
+                trust_offline=trust_offline,
             ),
             forms.Attached,
         )
@@ -108,6 +113,10 @@ class Client:
         detached = self._call("Detach", calls.Detach(device=_device(device), force=force), forms.Detached)
         self._pass_on(detached.warnings)
         return detached
+
+    def resize(self, device: str) -> forms.Resized:
+        """Give a filtered device the size of its origin, which has grown; snapshots that are held keep theirs."""
+        return self._call("Resize", calls.OneDevice(device=_device(device)), forms.Resized)
 
     def list_devices(self) -> list[forms.Device]:
         """The filtered devices."""

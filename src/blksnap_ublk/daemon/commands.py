@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from blksnap_ublk import forms
 from blksnap_ublk.calls import EventBatch
+from blksnap_ublk.daemon import left_over
 from blksnap_ublk.daemon.events import EventLog
 from blksnap_ublk.daemon.forecast import Forecasts
 from blksnap_ublk.daemon.service import ChangesAnswer
@@ -34,6 +35,7 @@ from blksnap_ublk.snapshot import (
     lifetime,
     naming,
     report,
+    resize,
     storages,
     throttle,
 )
@@ -41,7 +43,6 @@ from blksnap_ublk.snapshot.catalogue import DeviceEntry, SnapshotEntry, StorageE
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import parse_specs
 from blksnap_ublk.ublk.control import granted_features
-from blksnap_ublk.ublk.device_info import DeviceState
 from blksnap_ublk.version import installed_version
 
 THREADS = 64
@@ -79,8 +80,9 @@ class Commands:
         depth: int | None,
         tracking_block: int | None,
         unit: int | None,
+        trust_offline: bool,
     ) -> forms.Attached:
-        options = attach.AttachOptions(name, queues, depth, tracking_block, unit)
+        options = attach.AttachOptions(name, queues, depth, tracking_block, unit, trust_offline)
         entry, warnings = await self._in_thread(attach.attach, self._context, device, options)
         _log.info("attached %s as %s", entry.origin, naming.block_path(entry))
         return forms.Attached(device=report.device_form(self._context, entry), warnings=warnings)
@@ -95,6 +97,12 @@ class Commands:
         broken, warnings = await self._in_thread(run)
         _log.info("detached %s", form.origin)
         return forms.Detached(device=form, broken_snapshots=broken, warnings=warnings)
+
+    async def resize(self, device: str) -> forms.Resized:
+        entry, former_size = await self._in_thread(resize.resize, self._context, self._device(device))
+        if entry.size > former_size:
+            _log.info("resized %s from %d to %d bytes", naming.block_path(entry), former_size, entry.size)
+        return forms.Resized(device=report.device_form(self._context, entry), former_size=former_size)
 
     async def list_devices(self) -> list[forms.Device]:
         return [report.device_form(self._context, entry) for entry in naming.served_devices(self._context.catalogue)]
@@ -128,6 +136,7 @@ class Commands:
             join=self._joined(storage),
         )
         entry, warnings = await self._in_thread(create.create, self._context, members, options)
+        await self._in_thread(left_over.note_pinned_files, self._context)
         form = self._snapshot_form(entry)
         _log.info("took snapshot %s of %s, gate closed for %d us", form.id, ", ".join(devices), form.gate_us)
         return forms.SnapshotCreated(snapshot=form, warnings=warnings)
@@ -167,6 +176,7 @@ class Commands:
                 gone = f"destroyed before: {', '.join(destroyed)}"
                 raise type(error)(f"snapshot {entry.id}: {error.message}; {gone}") from error
             destroyed.append(entry.id)
+        await self._in_thread(left_over.note_pinned_files, self._context)
         return forms.Destroyed(destroyed=destroyed, warnings=warnings)
 
     async def show_storage(self, snapshot: str) -> forms.Storage:
@@ -177,7 +187,9 @@ class Commands:
     ) -> forms.Storage:
         entry = self._snapshot(snapshot)
         specs = parse_specs(storage, storage_files)
-        return self._storage_form(await self._in_thread(enlarging.add, self._context, entry, specs))
+        enlarged = await self._in_thread(enlarging.add, self._context, entry, specs)
+        await self._in_thread(left_over.note_pinned_files, self._context)
+        return self._storage_form(enlarged)
 
     async def limit_storage(self, snapshot: str, limit: int) -> forms.Storage:
         entry = self._snapshot(snapshot)
@@ -218,10 +230,9 @@ class Commands:
 
     async def repair(self) -> forms.Repaired:
         def run() -> forms.Repaired:
-            def delete_dead() -> list[str]:
-                return self._context.disks.delete_dead(self._context.catalogue)
-
-            fixed = repair.fix(self._examine(), delete_dead=delete_dead, runtime=self._runtime)
+            fixed = repair.fix(
+                self._examine(), take_away=lambda: left_over.take_away(self._context), runtime=self._runtime
+            )
             return forms.Repaired(fixed=fixed, findings=self._examine())
 
         return await self._in_thread(run)
@@ -284,21 +295,8 @@ class Commands:
 
     def _examine(self) -> list[forms.Finding]:
         features = granted_features()
-        return doctor.examine(None if features is None else int(features), self._left_over(), runtime=self._runtime)
-
-    def _left_over(self) -> list[str]:
-        ours = {entry.served.ublk_id for entry in self._context.catalogue.devices() if entry.served}
-        ours |= {
-            image.served.ublk_id
-            for entry in self._context.catalogue.snapshots()
-            for image in entry.images
-            if image.served
-        }
-        try:
-            found = self._context.disks.ours()
-        except OSError:
-            return []
-        return [info.block_path for info in found if info.id not in ours and info.state is not DeviceState.LIVE]
+        found = left_over.look(self._context, self._runtime)
+        return doctor.examine(None if features is None else int(features), found, runtime=self._runtime)
 
     def _status(self) -> forms.Status:
         inventory = self._context.io.inventory()

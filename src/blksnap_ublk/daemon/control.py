@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The control process: `python -m blksnap_ublk.daemon.control`, a child of the keeper.
 
-It decides, the io process serves. Killed at any moment it is started again, reads the catalogue, and goes on; nobody
-who uses a filtered device or an image notices.
+It decides, the io process serves. Killed at any moment another one takes over, reads the catalogue, and goes on; nobody
+who uses a filtered device or an image notices. That other one waits until then, with everything imported that it may
+ever need: the file system that our program lies on may wait for exactly this process.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from blksnap_ublk.daemon.commands import Commands
@@ -21,12 +23,24 @@ from blksnap_ublk.daemon.ending import end
 from blksnap_ublk.daemon.events import EventLog
 from blksnap_ublk.daemon.forecast import Forecasts
 from blksnap_ublk.daemon.interface import ublk_interface
+from blksnap_ublk.daemon.leaving import leave
 from blksnap_ublk.daemon.watch import Watch
 from blksnap_ublk.errors import BlksnapError, Unsupported, from_os_error
-from blksnap_ublk.keeper.child import EXIT_DEVICES_LEFT, EXIT_NOTHING_LEFT, ChildStart
+from blksnap_ublk.keeper.child import (
+    ALIVE_INTERVAL,
+    EXIT_DEVICES_LEFT,
+    EXIT_HANDED_OVER,
+    EXIT_NOTHING_LEFT,
+    LEAVE,
+    TURN,
+    ChildStart,
+)
 from blksnap_ublk.keeper.client import KeeperClient
 from blksnap_ublk.keeper.log import start_log
+from blksnap_ublk.keeper.memory import lock_present_memory
 from blksnap_ublk.keeper.runtime import RuntimePaths
+from blksnap_ublk.keeper.service_manager import survive_shutdown
+from blksnap_ublk.keeper.successor import KeeperWatch
 from blksnap_ublk.snapshot.catalogue import Catalogue
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.disks import Disks
@@ -36,6 +50,7 @@ from blksnap_ublk.snapshot.reconcile import reconcile
 from blksnap_ublk.snapshot.state_files import StateFiles
 from blksnap_ublk.snapshot.storage import DescriptorRegistry
 from blksnap_ublk.ublk.control import Control
+from blksnap_ublk.ublk.protection import protect_process
 from blksnap_ublk.varlink.introspection import Info
 from blksnap_ublk.varlink.server import Server
 from blksnap_ublk.version import installed_version
@@ -44,16 +59,29 @@ _log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs until SIGTERM; the exit status tells the keeper whether devices are left."""
+    """Stands by until it is this process' turn, then runs until SIGTERM, or LEAVE for a takeover.
+
+    The exit status tells the keeper whether devices are left.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--hooks", type=Path)
+    parser.add_argument("--saved", type=Path)
     own, rest = parser.parse_known_args(arguments)
     start = ChildStart.from_arguments(rest)
     start_log("control")
+    survive_shutdown()
+    installed_version()  # reads files, which is too late later
+    # When it makes memory free, the kernel must not wait for a device that waits for this process.
+    protect_process(lock_memory=False)
+    lock_present_memory()
+    keeper_watch = KeeperWatch(start)
+    keeper_watch.start()
+    start.wait_for_turn()
+    keeper_watch.patience = 0.0
     with ExitStack() as stack:
         try:
             events = EventLog(start.paths.state / "events")
-            context = _context(start.paths, own.hooks, events, stack)
+            context = _context(start.paths, own, events, stack)
             reconcile(context)
         except BlksnapError as error:
             start.failed(error.message, error.exit_code)
@@ -62,11 +90,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failure = from_os_error(error)
             start.failed(failure.message, failure.exit_code)
             return failure.exit_code
-        asyncio.run(_serve(start, context, events))
-        return EXIT_NOTHING_LEFT if end(context) else EXIT_DEVICES_LEFT
+        leaving = asyncio.run(_serve(start, context, events))
+        keeper_watch.stop()
+        if leaving:
+            leave(context)
+            # The next one waits for the end of this one.
+            os._exit(EXIT_HANDED_OVER)
+        status = EXIT_NOTHING_LEFT if end(context) else EXIT_DEVICES_LEFT
+        with suppress(OSError):
+            context.keeper.ending(status)
+        return status
 
 
-def _context(paths: RuntimePaths, hooks: Path | None, events: EventLog, stack: ExitStack) -> Context:
+def _context(paths: RuntimePaths, own: argparse.Namespace, events: EventLog, stack: ExitStack) -> Context:
     try:
         control = stack.enter_context(Control())
     except OSError as error:
@@ -82,16 +118,27 @@ def _context(paths: RuntimePaths, hooks: Path | None, events: EventLog, stack: E
         catalogue=Catalogue(paths.state / "catalogue"),
         registry=DescriptorRegistry(),
         emit=events.emit,
-        hooks=hooks,
+        hooks=own.hooks,
+        saved=own.saved,
     )
 
 
-async def _serve(start: ChildStart, context: Context, events: EventLog) -> None:
-    """Answers calls until SIGTERM; operations that have begun run to their end."""
+async def _serve(start: ChildStart, context: Context, events: EventLog) -> bool:
+    """Answers calls until SIGTERM, or LEAVE: then it is True. Operations that have begun run to their end."""
     ending = asyncio.Event()
+    leaving = False
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+
+    def begin_to_leave() -> None:
+        nonlocal leaving
+        leaving = True
+        ending.set()
+
+    loop.add_signal_handler(LEAVE, begin_to_leave)
+    signal.signal(TURN, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (TURN, LEAVE))
     forecasts = Forecasts()
     watch = Watch(context)
     filling = Filling(context, forecasts)
@@ -110,11 +157,15 @@ async def _serve(start: ChildStart, context: Context, events: EventLog) -> None:
     filling.start()
     start.ready()
     _log.info("serving")
-    await ending.wait()
+    while not ending.is_set():
+        start.alive()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), ALIVE_INTERVAL)
     await server.close()
     await asyncio.to_thread(commands.close)
     await asyncio.to_thread(filling.stop)
     await asyncio.to_thread(watch.stop)
+    return leaving
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ BATCH = 64
 
 _JUMP = 1 << 20  # numbers left out where nobody knows how many were given out
 _REPAIR_SECONDS = 1.0  # between two attempts to write a file that lacks events
+_INCOMPLETE = ".incomplete."
 _ENDS = ("evicted", "expired", "destroyed")
 _log = logging.getLogger(__name__)
 
@@ -38,22 +39,29 @@ _log = logging.getLogger(__name__)
 class EventLog:
     """Events in memory and, one JSON object a line, in a file that a restarted control process reads again.
 
-    A file that lacks events, because the state directory was full, has another name until it is complete again. After a
-    restart that numbers are left out tells listeners of the events that are gone.
+    A file that lacks events, because the state directory was full, has another name until it is complete again, which
+    counts the restarts since then. That numbers are left out after each of these tells listeners of the events that are
+    gone.
     """
 
     def __init__(self, path: Path, backlog: int = BACKLOG) -> None:
         """Goes on where the file ends; lines that are torn are dropped. Raises OSError where it cannot be read."""
         self._path = path
-        self._incomplete = path.with_suffix(".incomplete")
+        former, starts = _incomplete_file(path)
         self._lock = threading.Lock()
         self._events: deque[Event] = deque(maxlen=backlog)
         self._listening: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._waking: set[asyncio.AbstractEventLoop] = set()
-        lacks_events = not path.exists() and self._incomplete.exists()
+        lacks_events = not path.exists() and former is not None
+        starts = starts + 1 if lacks_events else 0
+        self._incomplete = path.with_suffix(f"{_INCOMPLETE}{starts}")
+        if lacks_events and former is not None:
+            former.rename(self._incomplete)  # for which there is always room
+        else:
+            self._remove_incomplete()
         whole = self._load(self._incomplete if lacks_events else path)
         last = self._events[-1].seq if self._events else 0
-        self._next = last + 1 + (_JUMP if lacks_events else 0)
+        self._next = last + 1 + starts * _JUMP
         self._lines = len(self._events)
         self._repaired: float | None = None
         if lacks_events or not whole:
@@ -201,9 +209,24 @@ class EventLog:
             writing.unlink(missing_ok=True)
             raise
         writing.rename(self._path)
-        self._incomplete.unlink(missing_ok=True)
+        self._remove_incomplete()
         self._lines = len(self._events)
         self._repaired = None
+
+    def _remove_incomplete(self) -> None:
+        for left in self._path.parent.glob(f"{self._path.stem}{_INCOMPLETE}*"):
+            left.unlink(missing_ok=True)
+
+
+def _incomplete_file(path: Path) -> tuple[Path | None, int]:
+    """The file that lacks events, if there is one, and the number in its name."""
+    found = [
+        (int(number), each)
+        for each in path.parent.glob(f"{path.stem}{_INCOMPLETE}*")
+        if (number := each.name.rpartition(".")[2]).isdecimal()
+    ]
+    starts, last = max(found, default=(0, None))
+    return last, starts
 
 
 def _gap(since: int, seq: int) -> list[Event]:

@@ -25,19 +25,22 @@ RANGES_PER_REPLY = 1 << 14
 NUMBERS_PER_REPLY = 3 << 16
 STATUS_INTERVAL_MS = 500
 
+# Read once, when this is imported: later the file may lie on a device that waits for this process.
+_DESCRIPTION = importlib.resources.files(__package__).joinpath(f"{calls.INTERFACE}.varlink").read_text()
+
 log = logging.getLogger(__name__)
 
 
 def ublk_interface(service: Service) -> Interface:
     """The interface, served by `service`."""
     handlers = _Handlers(service)
-    description = importlib.resources.files(__package__).joinpath(f"{calls.INTERFACE}.varlink").read_text()
     return Interface(
         name=calls.INTERFACE,
-        description=description,
+        description=_DESCRIPTION,
         methods={
             "Attach": Method(calls.Attach, handlers.attach),
             "Detach": Method(calls.Detach, handlers.detach),
+            "Resize": Method(calls.OneDevice, handlers.resize),
             "ListDevices": Method(calls.NoParameters, handlers.list_devices),
             "CreateSnapshot": Method(calls.CreateSnapshot, handlers.create_snapshot),
             "ListSnapshots": Method(calls.NoParameters, handlers.list_snapshots),
@@ -84,10 +87,14 @@ class _Handlers:
             depth=parameters.depth,
             tracking_block=parameters.tracking_block,
             unit=parameters.unit,
+            trust_offline=bool(parameters.trust_offline),
         )
 
     async def detach(self, parameters: calls.Detach, call: Call) -> forms.Detached:
         return await self._service.detach(parameters.device, force=bool(parameters.force))
+
+    async def resize(self, parameters: calls.OneDevice, call: Call) -> forms.Resized:
+        return await self._service.resize(parameters.device)
 
     async def list_devices(self, parameters: calls.NoParameters, call: Call) -> forms.DeviceList:
         return forms.DeviceList(devices=await self._service.list_devices())

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """`blksnap-ublkd`: start the daemon.
 
-In the foreground this process becomes the keeper. Otherwise the keeper runs in the background, with its stderr in the
-runtime directory's `log`, and this process ends as soon as the daemon serves, or with its last words.
+In the foreground this process becomes the keeper. Otherwise the keeper runs in the background and logs to the runtime
+directory's `log`, and this process ends as soon as the daemon serves, or with its last words.
 """
 
 import argparse
+import json
 import logging
 import os
 import subprocess
@@ -16,13 +17,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from blksnap_ublk.keeper.keeper import Keeper, KeeperConfig
-from blksnap_ublk.keeper.log import start_log, stderr_to_file
+from blksnap_ublk.keeper.log import start_log
 from blksnap_ublk.keeper.runtime import RuntimePaths
+from blksnap_ublk.keeper.state_mount import enter_host
 
 DEFAULT_HOOKS = Path("/etc/blksnap-ublk/hooks")
+DEFAULT_SAVED = "/var/lib/blksnap-ublk"
+SAVED_VARIABLE = "BLKSNAP_UBLK_STATE"
 CONTROL_NODE = Path("/dev/ublk-control")
 MODPROBE = ("/usr/sbin/modprobe", "/sbin/modprobe")
 NODE_WAIT = 2.0
+
+LIFEBOAT_AFTER = 3
+LIFEBOAT_VARIABLE = "BLKSNAP_UBLK_LIFEBOAT_AFTER"
 
 EXIT_FAILED = 1
 EXIT_UNSUPPORTED = 5
@@ -42,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Start the daemon; the exit status."""
     options = _options(arguments)
     try:
+        _enter(options.host_namespace)
         _check_system()
         paths = RuntimePaths.from_environment()
         try:
@@ -53,15 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = KeeperConfig(
         paths=paths,
         io_command=_python("blksnap_ublk.ioproc.main"),
-        control_command=[*_python("blksnap_ublk.daemon.control"), "--hooks", str(options.hooks)],
+        control_command=[
+            *_python("blksnap_ublk.daemon.control"),
+            *("--hooks", str(options.hooks)),
+            *("--saved", os.path.abspath(os.environ.get(SAVED_VARIABLE) or DEFAULT_SAVED)),
+        ],
         state_size=options.state_size,
-        log_to_file=not options.foreground,
+        # A keeper that the service manager has started logs where that has told it to.
+        log_to_file=not options.foreground and "NOTIFY_SOCKET" not in os.environ,
+        successor=_successor(options),
+        lifeboat_after=options.lifeboat_after,
+        takeover=options.takeover,
     )
     if options.foreground:
         if options.ready_fd is not None:
             os.set_inheritable(options.ready_fd, False)
         start_log("keeper")
-        return Keeper(config, lambda code, text: _said(options.ready_fd, code, text)).run()
+        keeper = Keeper(config, lambda code, text: _said(options.ready_fd, code, text, keeper.pause))
+        return keeper.run()
     return _in_background(config, options.ready_fd)
 
 
@@ -69,7 +86,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="blksnap-ublkd",
         description="The daemon of blksnap-ublk. It goes to the background and ends this command when it serves.",
-        epilog="The runtime directory is /run/blksnap-ublk, or what BLKSNAP_UBLK_RUN names. "
+        epilog="The runtime directory is /run/blksnap-ublk, or what BLKSNAP_UBLK_RUN names; change maps of what is "
+        "not attached are in /var/lib/blksnap-ublk, or what BLKSNAP_UBLK_STATE names. "
         "Example: blksnap-ublkd --foreground",
     )
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground and log to stderr")
@@ -80,20 +98,60 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--state-size", type=_size, metavar="SIZE", help="memory that state may take; default: a quarter, at most 16G"
     )
     parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help='replace the daemon that runs, while it is in use; prints {"pause_ms": N}, how long what it serves waited',
+    )
+    parser.add_argument(
+        "--lifeboat-after",
+        type=_count,
+        default=_count(os.environ.get(LIFEBOAT_VARIABLE) or str(LIFEBOAT_AFTER)),
+        metavar="N",
+        help="after N deaths of the io process within a minute the next one gives up all snapshots and only passes "
+        f"requests through; 0: never; default: {LIFEBOAT_AFTER}, or what {LIFEBOAT_VARIABLE} says",
+    )
+    parser.add_argument("--host-namespace", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
         "--hooks",
-        type=_directory,
+        type=_absolute,
         default=DEFAULT_HOOKS,
         metavar="DIR",
         help=f"run the programs in DIR/before.d and DIR/after.d around each snapshot; default: {DEFAULT_HOOKS}",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--successor", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    # A directory that has gone meanwhile is no reason to be without a keeper.
+    if options.hooks != DEFAULT_HOOKS and not options.successor and not options.hooks.is_dir():
+        parser.error(f"argument --hooks: {str(options.hooks)!r} is not a directory")
+    return options
 
 
-def _directory(text: str) -> Path:
-    path = Path(text).absolute()
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a directory")
-    return path
+def _successor(options: argparse.Namespace) -> list[str]:
+    """The command of a keeper that adopts what this one starts."""
+    command = [*_python("blksnap_ublk.daemon.main"), "--successor", "--hooks", str(options.hooks)]
+    command += ["--lifeboat-after", str(options.lifeboat_after)]
+    if options.state_size is not None:
+        command += ["--state-size", str(options.state_size)]
+    return command
+
+
+def _enter(namespace: int | None) -> None:
+    """Go to the host's mount namespace, which a process of the daemon has handed over."""
+    if namespace is not None:
+        try:
+            enter_host(namespace)
+        except OSError as error:
+            raise CannotStart(EXIT_FAILED, f"{error.filename}: {error.strerror}") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).absolute()
 
 
 def _size(text: str) -> int:
@@ -160,43 +218,43 @@ def _in_background(config: KeeperConfig, ready_fd: int | None) -> int:
     os.close(say)
     os.waitpid(child, 0)
     with open(hear, encoding="utf-8", errors="replace") as pipe:
-        code, _, text = pipe.read().strip().partition(" ")
+        code, _, text = pipe.readline().strip().partition(" ")
+        pause = pipe.readline().strip()
     if not code.isdecimal():
         code, text = str(EXIT_FAILED), f"the daemon died at its start; see {config.paths.log}"
-    return _report(ready_fd, int(code), text)
+    return _report(ready_fd, int(code), text, float(pause) if pause else None)
 
 
 def _become_keeper(config: KeeperConfig, say: int) -> int:
     os.chdir("/")
     os.umask(0o077)
-    try:
-        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        os.dup2(nothing, 0)
-        os.dup2(nothing, 1)
-        os.close(nothing)
-        stderr_to_file(config.paths.log)
-    except OSError as error:
-        os.write(say, f"{EXIT_FAILED} {error}\n".encode())
-        return EXIT_FAILED
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for number in (0, 1, 2) if config.log_to_file else (0, 1):
+        os.dup2(nothing, number)
+    os.close(nothing)
     start_log("keeper")
 
     def tell(code: int, text: str) -> None:
+        pause = "" if keeper.pause is None else str(keeper.pause)
         with suppress(BrokenPipeError):
-            os.write(say, f"{code} {text}\n".encode())
+            os.write(say, f"{code} {text}\n{pause}\n".encode())
         os.close(say)
 
-    return Keeper(config, tell).run()
+    keeper = Keeper(config, tell)
+    return keeper.run()
 
 
-def _report(ready_fd: int | None, code: int, text: str) -> int:
+def _report(ready_fd: int | None, code: int, text: str, pause: float | None = None) -> int:
     """Pass the outcome of the start on; the exit status."""
-    _said(ready_fd, code, text)
+    _said(ready_fd, code, text, pause)
     return code
 
 
-def _said(ready_fd: int | None, code: int, text: str) -> None:
+def _said(ready_fd: int | None, code: int, text: str, pause: float | None = None) -> None:
     if code:
         print(f"blksnap-ublkd: {text}", file=sys.stderr)
+    elif pause is not None:
+        print(json.dumps({"pause_ms": round(pause * 1000)}), flush=True)
     if ready_fd is not None:
         with suppress(BrokenPipeError):
             os.write(ready_fd, text.encode() + b"\n")

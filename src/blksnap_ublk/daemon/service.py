@@ -30,6 +30,7 @@ from blksnap_ublk.forms import (
     Marked,
     Range,
     Repaired,
+    Resized,
     Snapshot,
     SnapshotCheck,
     SnapshotCreated,
@@ -58,8 +59,11 @@ class Service(Protocol):
         depth: int | None,
         tracking_block: int | None,
         unit: int | None,
+        trust_offline: bool,
     ) -> Attached:
         """Serve the filtered device of the origin `device` (a path). None means the default; sizes are bytes.
+
+        With `trust_offline` nobody wrote to the origin since it was detached, whatever it shows.
 
         Raises Busy (in use, attached already, name taken), Unsupported (no ublk, zoned, logical blocks too large).
         """
@@ -67,6 +71,13 @@ class Service(Protocol):
 
     async def detach(self, device: str, *, force: bool) -> Detached:
         """Write back the dirty cache and stop. Raises Busy while open, mounted or in a snapshot, unless `force`."""
+        ...
+
+    async def resize(self, device: str) -> Resized:
+        """Give a filtered device the size that its origin has now.
+
+        Raises Failed where the origin has shrunk, Unsupported (the kernel cannot), Busy (writes that do not end).
+        """
         ...
 
     async def list_devices(self) -> list[Device]:

@@ -8,19 +8,20 @@ import logging
 import math
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from blksnap_ublk.errors import BlksnapError, NotFound
 from blksnap_ublk.snapshot import broken, destroy, lifetime, map_memory, naming
 from blksnap_ublk.snapshot.catalogue import SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
-from blksnap_ublk.snapshot.reconcile import reconcile, try_again
+from blksnap_ublk.snapshot.reconcile import clear_away, go_on, keep_again, reconcile
 
 LOOK = 0.25  # seconds between two looks at the images
+SOON = 0.02  # the same while something is on its way
 FEED = 1.0  # seconds between two looks at map memory and times to live
 END_AGAIN = 5.0  # seconds until a snapshot whose time is over, and that could not be destroyed, is tried again
 ENDERS = 4  # snapshots that are destroyed at the same time because their time is over
-TRY_AGAIN = 0.5  # seconds between two attempts to serve a device again that could not be
+TRY_AGAIN = 0.5  # seconds between two attempts to remove what is left of something
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +35,7 @@ class Watch:
         self._fed = 0.0
         self._tried = time.monotonic()
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="expiry")
+        self._clearing: Future[None] | None = None
         self._ends_at: dict[str, float] = {}
 
     def start(self) -> None:
@@ -61,10 +63,15 @@ class Watch:
     def _look(self) -> None:
         if self._context.io.lost():
             _log.error("the io process has gone")
+            self._context.io_died = time.monotonic()
             reconcile(self._context)
             return
-        if time.monotonic() - self._tried > TRY_AGAIN:
-            try_again(self._context)
+        if self._context.keeper.lost():
+            _log.error("the keeper has gone")
+            keep_again(self._context)
+        soon = go_on(self._context)
+        if time.monotonic() - self._tried > TRY_AGAIN and (self._clearing is None or self._clearing.done()):
+            self._clearing = self._enders.submit(self._clear_away)
             self._tried = time.monotonic()
         held = naming.held_snapshots(self._context.catalogue)
         for entry in held:
@@ -73,7 +80,15 @@ class Watch:
             self._fed = time.monotonic()
             self._end_expired()
             self._feed(held)
-        self._context.io.lost(LOOK)
+        self._context.io.lost(SOON if soon else LOOK)
+
+    def _clear_away(self) -> None:
+        try:
+            clear_away(self._context)
+        except (BlksnapError, OSError) as error:
+            _log.error("%s", error)
+        except Exception:
+            _log.exception("unexpected error; going on")
 
     def _end_expired(self) -> None:
         """In threads of their own: an end may have to wait, and map memory must not."""
@@ -92,8 +107,10 @@ class Watch:
     def _end(self, entry: SnapshotEntry) -> None:
         _log.info("snapshot %s: its time is over", entry.id)
         try:
-            for warning in destroy.destroy(self._context, entry, force=True):
-                _log.warning("%s", warning)
+            # Its files are given back by others: that may wait for a file system, and other ends for this one.
+            with self._context.locks.holding(destroy.devices_of(self._context, entry)):
+                for warning in destroy.destroy_locked(self._context, entry, force=True):
+                    _log.warning("%s", warning)
         except NotFound:
             pass
         except (BlksnapError, OSError) as error:

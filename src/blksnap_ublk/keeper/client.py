@@ -1,24 +1,55 @@
 # SPDX-License-Identifier: MIT
 """How the io and control processes reach the keeper."""
 
+import errno
 import os
+import select
+import threading
+import time
+from contextlib import suppress
 from types import TracebackType
 from typing import cast
 
-from blksnap_ublk.keeper.messages import MESSAGE_LIMIT, Answer, Done, Drop, Get, List, Message, Put, Refused, Stop
+from blksnap_ublk.keeper.messages import (
+    MESSAGE_LIMIT,
+    Answer,
+    Done,
+    Drop,
+    Ending,
+    Get,
+    HandOver,
+    Leave,
+    List,
+    Message,
+    Put,
+    Refused,
+    Stop,
+)
 from blksnap_ublk.rpc.client import Client
 from blksnap_ublk.rpc.descriptors import Descriptors
 
 TIMEOUT = 10.0
+PATIENCE = 10.0
+"""Seconds for another keeper to come when one has died."""
+
+_AGAIN = 0.05
 
 
 class KeeperClient:
-    """A connection to the keeper. Any thread may call. A call raises OSError: what the keeper refused, or a keeper
-    that is gone or has not answered for 10 s (the connection is closed then; make another)."""
+    """A connection to the keeper, whichever it is: when one has died, the next one is waited for.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Connect to `keeper.sock`. Raises OSError."""
-        self._client: Client[Answer] = Client(path, cast("type[Answer]", Answer), MESSAGE_LIMIT)
+    Any thread may call. A call raises OSError: what the keeper refused, or that there is none, or that it does not
+    answer. What was put with a keeper that has died is not held by the next one: see `lost`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], patience: float = PATIENCE) -> None:
+        """Connect to `keeper.sock`. `patience`: seconds for another keeper to come. Raises OSError."""
+        self._path = path
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._client = self._connected()
+        self._known = self._client
+        """The connection to the keeper that holds what was put."""
 
     def put(self, name: str, descriptor: int) -> None:
         """Let the keeper hold a duplicate of `descriptor` under `name`, in place of what it held under it."""
@@ -39,9 +70,41 @@ class KeeperClient:
         descriptors.close()
         return done.names
 
+    def ending(self, status: int) -> None:
+        """Control tells the exit status with which it is about to end."""
+        self._done(Ending(status))[1].close()
+
     def stop(self) -> None:
         """End the daemon as SIGTERM to the keeper does; returns at once."""
         self._done(Stop())[1].close()
+
+    def hand_over(self, *, managed: bool) -> dict[str, int]:
+        """For a keeper that is about to replace this one: see HandOver. The descriptors are the caller's."""
+        done, descriptors = self._done(HandOver(managed))
+        with descriptors:
+            return {name: descriptors.take(index) for index, name in enumerate(done.names)}
+
+    def leave(self) -> None:
+        """For a keeper that replaces this one: see Leave."""
+        self._done(Leave(os.getpid()))[1].close()
+
+    def lost(self) -> bool:
+        """Whether the keeper that holds what was put has gone, another one may have come; until `reconnect`."""
+        client = self._known
+        if client is not self._client or not client.connected:
+            return True
+        poll = select.poll()
+        poll.register(client.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def reconnect(self, seconds: float | None = None) -> None:
+        """Go on with the keeper of now, which is waited for so long; the caller puts again what is to be held.
+
+        Raises OSError when there is none.
+        """
+        if self.lost():
+            self._renew(self._known, self._patience if seconds is None else seconds)
+        self._known = self._client
 
     def close(self) -> None:
         """Close the connection; what is held stays held."""
@@ -56,8 +119,39 @@ class KeeperClient:
         self.close()
 
     def _done(self, message: Message, *descriptors: int) -> tuple[Done, Descriptors]:
-        answer, received = self._client.call(message, descriptors, TIMEOUT)
-        if isinstance(answer, Refused):
+        end = time.monotonic() + self._patience
+        while True:
+            client = self._client
+            try:
+                answer, received = client.call(message, descriptors, TIMEOUT)
+            except OSError as error:
+                # All messages may be repeated. One that came too late for an answer is no reason to wait again.
+                if isinstance(error, TimeoutError) or error.errno == errno.EMSGSIZE or time.monotonic() > end:
+                    raise
+                self._renew(client, end - time.monotonic())
+                continue
+            if not isinstance(answer, Refused):
+                return answer, received
             received.close()
-            raise OSError(answer.errno, answer.text)
-        return answer, received
+            if answer.errno != errno.EAGAIN or time.monotonic() > end:
+                raise OSError(answer.errno, answer.text)
+            time.sleep(_AGAIN)  # it makes room for another one
+
+    def _renew(self, former: Client[Answer], seconds: float) -> None:
+        """Connect again, unless another thread has done so since `former` was in use."""
+        with self._lock:
+            if self._client is not former and self._client.connected:
+                return
+            end = time.monotonic() + seconds
+            while True:
+                with suppress(OSError):
+                    client = self._connected()
+                    former.close()
+                    self._client = client
+                    return
+                if time.monotonic() > end:
+                    raise ConnectionResetError(errno.ECONNRESET, "the keeper process has gone", os.fspath(self._path))
+                time.sleep(_AGAIN)
+
+    def _connected(self) -> Client[Answer]:
+        return Client(self._path, cast("type[Answer]", Answer), MESSAGE_LIMIT)

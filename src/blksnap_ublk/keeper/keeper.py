@@ -1,26 +1,52 @@
 # SPDX-License-Identifier: MIT
-"""The keeper process itself: start, life and end of the daemon."""
+"""The keeper process itself: start, life and end of the daemon.
+
+It starts the daemon; or it adopts what a keeper that has died left alive; or (`takeover`) it replaces a running one.
+"""
 
 import errno
+import json
 import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from blksnap_ublk.keeper import log as keeper_log
 from blksnap_ublk.keeper import memory
+from blksnap_ublk.keeper.adoption import ROLES, adopted, former_children, held_by_io, listener_of, spare_of
 from blksnap_ublk.keeper.child import EXIT_DEVICES_LEFT, EXIT_NOTHING_LEFT, READY
-from blksnap_ublk.keeper.children import Child, ChildEvents
+from blksnap_ublk.keeper.fd_store import FdStore
 from blksnap_ublk.keeper.holdings import Holdings
-from blksnap_ublk.keeper.messages import MESSAGE_LIMIT, Done, Drop, Get, List, Message, Put, Refused, Stop
+from blksnap_ublk.keeper.identity import Identity
+from blksnap_ublk.keeper.layout import OtherLayout, write_layout
+from blksnap_ublk.keeper.log_writer import LogWriter
+from blksnap_ublk.keeper.messages import (
+    MESSAGE_LIMIT,
+    Done,
+    Drop,
+    Ending,
+    Get,
+    HandOver,
+    Leave,
+    List,
+    Message,
+    Put,
+    Refused,
+    Stop,
+)
+from blksnap_ublk.keeper.process import Process, Start
+from blksnap_ublk.keeper.processes import Member, ProcessesFile, Record
 from blksnap_ublk.keeper.ring_locks import RingLocks
+from blksnap_ublk.keeper.role import Role, RoleEvents
 from blksnap_ublk.keeper.runtime import AlreadyRunning, RuntimeLock, RuntimePaths
+from blksnap_ublk.keeper.service_manager import ServiceManager, survive_shutdown
 from blksnap_ublk.keeper.state_mount import StateMount
+from blksnap_ublk.keeper.takeover import NothingToReplace, Takeover
 from blksnap_ublk.rpc.channel import listen
 from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.rpc.loop import Loop
@@ -31,17 +57,25 @@ log = logging.getLogger(__name__)
 EXIT_FAILED = 1
 EXIT_BUSY = 4
 
-LOG_CHECK = 30.0
 IO_END = 5.0
 CONTROL_END = 60.0
+DEATHS_WITHIN = 60.0
+"""Seconds within which so many deaths of io, as the configuration says, call for a lifeboat."""
+
+CONTROL_SILENCE = 60.0
+"""Seconds without a sign of life after which control is killed, for its spare to take over."""
+BEAT = 1.0
 
 _NAME_LIMIT = 255
+_HELD_AGAIN = 1.0
 
 
 @dataclass(frozen=True)
 class KeeperConfig:
     """How to run the keeper. `state_size`: bytes of the tmpfs, None for the default. `mount_state` False uses a plain
-    directory, in the mount namespace as it is. `log_to_file`: stderr is the runtime directory's log file."""
+    directory, in the mount namespace as it is. `log_to_file`: the log goes to the runtime directory's log file, not to
+    stderr. `successor`: the command that starts another keeper when this one dies. `lifeboat_after`: after so many
+    deaths of io within a minute the next one is a lifeboat; 0: never. `takeover`: replace the daemon that runs."""
 
     paths: RuntimePaths
     io_command: Sequence[str]
@@ -49,6 +83,9 @@ class KeeperConfig:
     state_size: int | None = None
     mount_state: bool = True
     log_to_file: bool = False
+    successor: Sequence[str] = ()
+    lifeboat_after: int = 3
+    takeover: bool = False
 
 
 class Keeper:
@@ -63,30 +100,44 @@ class Keeper:
         self._tell = tell
         self._told = False
         self._paths = config.paths
-        self._holdings = Holdings()
+        self._manager = ServiceManager.from_environment()
+        self._store = FdStore(self._manager)
+        self._holdings = Holdings(self._store)
         self._loop = Loop()
-        self._children: list[Child] = []
+        self._log: LogWriter | None = None
         self._mount: StateMount | None = None
+        self._takeover: Takeover | None = None
+        self._record = Record(managed=self._manager.present)
+        self._roles: dict[str, Role] = {}
         self._stopping = False
+        self._leaving = False
+        self._owner = False
         self._served = False
         self._start_failed = 0
         self._control_status: int | None = None
         self._ended: set[str] = set()
+        self._watchdog = 0.0
+        self.pause: float | None = None
+        """After a takeover: for how many seconds at most what is served stood still."""
 
     def run(self) -> int:
         """The exit status of the process: 0 after an end that was asked for."""
+        survive_shutdown()
         try:
             with ExitStack() as stack:
                 self._prepare(stack)
-                self._loop.later(0, self._io.start)
                 self._loop.run()
         except AlreadyRunning as error:
             self._say(EXIT_BUSY, str(error))
+        except (NothingToReplace, OtherLayout) as error:
+            self._say(EXIT_FAILED, str(error))
         except OSError as error:
             log.exception("the daemon cannot be started")
             self._say(EXIT_FAILED, f"the daemon cannot be started: {error}")
         self._say(EXIT_FAILED, "the daemon was ended before it served")
         return self._start_failed
+
+    # ---- start ----
 
     def _prepare(self, stack: ExitStack) -> None:
         stack.callback(self._loop.close)
@@ -95,9 +146,14 @@ class Keeper:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         paths = self._paths
         paths.create()
-        self._lock = RuntimeLock(paths.lock)
+        if self._config.takeover:
+            self._takeover = stack.enter_context(Takeover(self._loop, paths, self._manager.present))
+            self._lock = RuntimeLock(paths, self._takeover.lock())
+        else:
+            self._lock = RuntimeLock(paths)
         stack.callback(self._release_lock)
-        self._lock.name("keeper", os.getpid())
+        self._log = LogWriter(self._loop, paths.log if self._config.log_to_file else None)
+        stack.callback(self._end_log, self._log)
         stack.callback(self._holdings.close)
         if self._config.mount_state:
             self._mount = StateMount(paths.state, self._config.state_size)
@@ -106,64 +162,166 @@ class Keeper:
         stack.callback(self._leave_state)
         memory.protect_from_oom()
         memory.raise_limits()
-        listener, message = listen(paths.keeper_socket), cast("type[Message]", Message)
-        server = Server(self._loop, listener, message, self._handle, _refuse, MESSAGE_LIMIT)
-        stack.callback(paths.keeper_socket.unlink, missing_ok=True)
-        stack.callback(server.close)
-        self._io = self._child(stack, "io", self._config.io_command, paths.io_socket, socket.SOCK_SEQPACKET)
-        self._control = self._child(
-            stack, "control", self._config.control_command, paths.varlink_socket, socket.SOCK_STREAM
-        )
-        if self._config.log_to_file:
-            self._loop.later(LOG_CHECK, self._bound_log)
+        self._processes = ProcessesFile(paths.processes)
+        stack.callback(self._processes.close)
+        if self._takeover is None:
+            self._begin(stack)
+        else:
+            self._begin_takeover(stack, self._takeover)
+        self._log.start()
+        self._loop.later(BEAT, self._beat)
         memory.lock_memory()
 
-    def _child(self, stack: ExitStack, role: str, command: Sequence[str], path: Path, kind: socket.SocketKind) -> Child:
-        listener = listen(path, kind)
-        stack.callback(listener.close)
-        stack.callback(path.unlink, missing_ok=True)
-        child = Child(
-            self._loop,
-            role,
-            command,
-            runtime=self._paths.root,
-            listener=listener,
-            lock=self._lock.descriptor,
-            events=ChildEvents(
-                started=lambda pid: self._lock.name(role, pid),
-                ready=self._on_io_ready if role == "io" else self._on_control_ready,
-                failed=self._on_failed,
-                ended=lambda status: self._on_ended(role, status),
-            ),
-            ring_lock=RingLocks(self._paths.state).create if role == "io" else None,
-        )
-        self._children.append(child)
-        return child
+    def _begin(self, stack: ExitStack) -> None:
+        """Start everything, but for what a keeper that died has left alive."""
+        former = self._processes.read()
+        members = former_children(former)
+        processes = adopted(self._loop, members)
+        self._record.io_deaths = former.io_deaths
+        self._holdings.restore()
+        self._own(stack)
+        for role in ROLES:
+            self._add_role(stack, role, listener_of(processes, role))
+        if processes:
+            self._adopt(processes)
+        else:
+            self._write_record()
+            self._loop.later(0, self._roles["io"].start)
 
-    # ---- start ----
+    def _own(self, stack: ExitStack) -> None:
+        """Become the one that is reached at `keeper.sock`."""
+        self._owner = True
+        paths = self._paths
+        write_layout(paths.layout)
+        listener, message = listen(paths.keeper_socket), cast("type[Message]", Message)
+        server = Server(self._loop, listener, message, self._handle, _refuse, MESSAGE_LIMIT)
+        stack.callback(self._remove, paths.keeper_socket)
+        stack.callback(server.close)
+
+    def _add_role(self, stack: ExitStack, name: str, listener: socket.socket | None) -> None:
+        is_io = name == "io"
+        path = self._paths.io_socket if is_io else self._paths.varlink_socket
+        if listener is None:
+            listener = listen(path, socket.SOCK_SEQPACKET if is_io else socket.SOCK_STREAM)
+        stack.callback(listener.close)
+        stack.callback(self._remove, path)
+        descriptors = {"--listener": listener.fileno()}
+        command = [*(self._config.io_command if is_io else self._config.control_command)]
+        command += ["--runtime", str(self._paths.root)]
+        if not is_io:
+            if self._config.successor and not self._manager.present:
+                command += ["--successor", json.dumps(list(self._config.successor))]
+            if self._mount is not None and self._mount.host >= 0:
+                descriptors["--host"] = self._mount.host
+        events = RoleEvents(
+            changed=self._write_record,
+            ready=self._on_io_ready if is_io else self._on_control_ready,
+            failed=self._on_failed,
+            ended=lambda status: self._on_ended(name, status),
+            died=self._on_io_death if is_io else _nothing,
+        )
+        start = Start(command, descriptors, RingLocks(self._paths.state).create if is_io else None)
+        role = Role(self._loop, name, start, events)
+        if is_io:
+            role.lifeboat = self._is_lifeboat_due
+        self._roles[name] = role
+
+    def _adopt(self, processes: dict[str, Process]) -> None:
+        """Go on with what lives; start in its turn what does not."""
+        log.info("adopting %s", ", ".join(f"{name} {process.member.pid}" for name, process in processes.items()))
+        assert self._log is not None
+        for process in processes.values():
+            self._log.adopt(process.member.pid)
+        self._served = True
+        if "io" in processes:
+            self._ask_io()
+        else:
+            self._on_io_death()
+        control = processes.get("control")
+        self._roles["control"].adopt(control, processes.get(spare_of("control")))
+        self._roles["io"].adopt(processes.get("io"), processes.get(spare_of("io")))
+        if "io" not in processes:
+            self._roles["io"].start()
+        if control is None:
+            self._roles["control"].start()
+
+    def _ask_io(self) -> None:
+        """Hold again what only io holds now."""
+        try:
+            for name, descriptor in held_by_io(self._paths.io_socket):
+                self._holdings.put(name, descriptor)
+        except OSError as error:
+            # One that died has nothing any more; one that cannot say it now is asked again.
+            log.warning("the io process was asked in vain for what it holds: %s", error)
+            if self._roles and self._roles["io"].active is not None:
+                self._loop.later(_HELD_AGAIN, self._ask_io)
 
     def _on_io_ready(self) -> None:
-        if not self._stopping:
-            self._control.start()
+        if not self._stopping and not self._served:
+            self._roles["control"].start()
 
     def _on_control_ready(self) -> None:
         self._served = True
+        if self._takeover is not None:
+            self.pause = self._takeover.pause()
+            if self.pause is None:
+                return  # it is the former one
+        self._manager.ready()
         self._say(0, READY)
 
     def _on_failed(self, code: int, text: str) -> None:
-        log.error("the daemon cannot be started: %s", text)
+        log.error("%s: %s", "the daemon cannot be started" if not self._served else "the daemon does not serve", text)
         self._say(code or EXIT_FAILED, text)
-        self._stop()
+        if not self._served:
+            self._stop()
 
     def _say(self, code: int, text: str) -> None:
         if not self._told:
             self._told = True
-            self._start_failed = code
+            self._start_failed = 0 if self._served else code
             self._tell(code, text)
 
-    # ---- messages ----
+    # ---- life ----
+
+    def _write_record(self) -> None:
+        if not self._owner or self._leaving:
+            return
+        this = Identity.of()
+        self._record.processes = {"keeper": Member(this.pid, this.started)}
+        for name, role in self._roles.items():
+            if role.active is not None:
+                self._record.processes[name] = role.active
+            if role.spare is not None:
+                self._record.processes[spare_of(name)] = role.spare
+        self._processes.write(self._record)
+
+    def _on_io_death(self) -> None:
+        now = time.monotonic()
+        self._record.io_deaths = [each for each in self._record.io_deaths if 0 <= now - each < DEATHS_WITHIN] + [now]
+
+    def _is_lifeboat_due(self) -> bool:
+        now = time.monotonic()
+        recent = [each for each in self._record.io_deaths if 0 <= now - each < DEATHS_WITHIN]
+        return 0 < self._config.lifeboat_after <= len(recent)
+
+    def _beat(self) -> None:
+        """What is due from time to time: signs of life for the service manager, those of control."""
+        self._loop.later(BEAT, self._beat)
+        now = time.monotonic()
+        if self._owner and not self._leaving:
+            self._manager.flush()
+            interval = self._manager.watchdog_interval
+            if interval is not None and now - self._watchdog >= interval:
+                self._watchdog = now
+                self._manager.alive()
+        control = self._roles.get("control")
+        if control is not None and not self._stopping and control.is_silent(CONTROL_SILENCE):
+            log.error("the control process has not been heard of for %g s", CONTROL_SILENCE)
+            control.signal(signal.SIGKILL)
 
     def _handle(self, message: Message, descriptors: Descriptors) -> Reply:
+        if self._leaving and not isinstance(message, Get | List | Stop):
+            raise OSError(errno.EAGAIN, "another keeper takes over; ask that one")
         match message:
             case Put(name):
                 if len(descriptors) != 1 or not 0 < len(name) <= _NAME_LIMIT:
@@ -175,56 +333,138 @@ class Keeper:
                 self._holdings.drop(name)
             case List():
                 return Reply(Done(self._holdings.names()))
+            case Ending(status):
+                self._control_status = status
+            case HandOver(managed):
+                return self._hand_over(managed)
+            case Leave(pid):
+                self._leave(pid)
             case Stop():
-                self._loop.later(0, self._stop)
+                self._loop.later(0, self._loop.stop if self._leaving else self._stop)
         return Reply(Done())
+
+    # ---- another keeper takes over from this one ----
+
+    def _hand_over(self, managed: bool) -> Reply:
+        if self._stopping or not self._served:
+            raise OSError(errno.EBUSY, "the daemon is starting or ending")
+        if self._manager.present and not managed:
+            raise OSError(errno.EBUSY, "the service manager owns the daemon: systemctl reload blksnap-ublk")
+        listeners = [role.start_with.descriptors["--listener"] for role in self._roles.values()]
+        return Reply(Done(["lock", *self._roles]), [self._lock.descriptor, *listeners])
+
+    def _leave(self, pid: int) -> None:
+        if self._stopping or not self._served:
+            raise OSError(errno.EBUSY, "the daemon is starting or ending")
+        log.info("process %d takes over", pid)
+        for role in self._roles.values():
+            role.kill_spare()
+        self._write_record()
+        self._leaving = True
+        for role in self._roles.values():
+            role.forget()
+        self._holdings.forget()
+        self._manager.main_pid(pid)
+        self._loop.later(CONTROL_END, self._loop.stop)
+
+    # ---- this keeper takes over from another one ----
+
+    def _begin_takeover(self, stack: ExitStack, takeover: Takeover) -> None:
+        for role in ROLES:
+            self._add_role(stack, role, takeover.listener(role))
+        waiting = set(ROLES)
+
+        def stands_by(name: str) -> None:
+            waiting.discard(name)
+            if not waiting:
+                self._replace(stack, takeover)
+
+        for name in ROLES:
+            self._roles[name].prepare(lambda name=name: stands_by(name))  # type: ignore[misc]
+
+    def _replace(self, stack: ExitStack, takeover: Takeover) -> None:
+        """The former keeper leaves, what it started is ours, and is replaced by what stands by."""
+        try:
+            takeover.check()
+            held = takeover.leave()
+        except (OSError, OtherLayout) as error:
+            self._on_failed(EXIT_FAILED, f"the daemon that runs could not be replaced: {error}")
+            return
+        former = self._processes.read()
+        self._record.io_deaths = former.io_deaths
+        for name, descriptor in held.items():
+            self._holdings.put(name, descriptor)
+        self._own(stack)
+        self._manager.main_pid(os.getpid())
+        takeover.end_former()
+        actives = {name: member for name, member in former_children(former).items() if name in ROLES}
+        processes = adopted(self._loop, actives)
+        self._served = True
+        assert self._log is not None
+        for name in ROLES:
+            self._roles[name].adopt(processes.get(name), None)
+        takeover.switch(self._roles["io"], self._roles["control"])
 
     # ---- end ----
 
     def _on_stop_signal(self) -> None:
         if self._stopping:
             log.warning("told twice to end: leaving at once; devices are kept for recovery")
-            self._control.kill()
-            self._io.kill()
+            for role in self._roles.values():
+                role.kill()
             self._loop.stop()
         else:
             self._stop()
 
     def _stop(self) -> None:
-        if self._stopping:
+        if self._stopping or self._leaving:
             return
         self._stopping = True
         log.info("ending")
+        if self._owner:
+            self._manager.stopping()
         # Control tells io when it may end.
-        self._io.expect_end()
-        self._control.stop()
+        self._roles["io"].expect_end()
+        self._roles["control"].stop()
         self._loop.later(CONTROL_END, self._still_waiting)
 
-    def _on_ended(self, role: str, status: int | None) -> None:
-        self._ended.add(role)
-        if role == "control":
-            self._control_status = status
+    def _on_ended(self, name: str, status: int | None) -> None:
+        self._ended.add(name)
+        if name == "control":
+            if status is not None:
+                self._control_status = status
             # A control process that ended in good order has told io to end.
-            in_order = status in (EXIT_NOTHING_LEFT, EXIT_DEVICES_LEFT)
-            self._loop.later(IO_END if in_order else 0, self._io.kill)
-        if self._ended >= {"io", "control"}:
+            in_order = self._control_status in (EXIT_NOTHING_LEFT, EXIT_DEVICES_LEFT)
+            self._loop.later(IO_END if in_order else 0, self._roles["io"].kill)
+        if self._ended >= set(ROLES):
             self._loop.stop()
 
     def _still_waiting(self) -> None:
         if "control" not in self._ended:
             log.warning("the control process still works on its end; a second SIGTERM leaves at once")
+            self._manager.extend_timeout(2 * CONTROL_END)
             self._loop.later(CONTROL_END, self._still_waiting)
 
     def _leave_state(self) -> None:
+        if not self._owner or self._leaving:
+            if self._mount:
+                self._mount.close()
+            return
         never_used = not self._served and not (self._mount and self._mount.found)
         if self._control_status != EXIT_NOTHING_LEFT and not never_used:
             log.warning("devices may be left for recovery: their state stays in %s", self._paths.state)
+            self._record = Record()
+            self._processes.write(self._record)
             if self._mount:
                 self._mount.close()
             return
         try:
+            self._holdings.forget()
             self._holdings.close()
             RingLocks(self._paths.state).remove_free()
+            self._processes.remove()
+            self._processes.close()
+            self._paths.layout.unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 self._paths.roles.rmdir()
             if self._mount:
@@ -234,12 +474,23 @@ class Keeper:
         except OSError as error:
             log.warning("state files are left over: %s", error)
 
-    def _release_lock(self) -> None:
-        self._lock.release(remove=not any(child.running for child in self._children))
+    def _end_log(self, log_writer: LogWriter) -> None:
+        """Also what a failed start has said is written."""
+        log_writer.start()
+        if self._owner and not self._leaving:
+            log_writer.close()
 
-    def _bound_log(self) -> None:
-        self._loop.later(LOG_CHECK, self._bound_log)
-        keeper_log.bound_log(self._paths.log)
+    def _remove(self, path: Path) -> None:
+        """Remove a socket, if nobody else is reached there."""
+        if self._owner and not self._leaving:
+            path.unlink(missing_ok=True)
+
+    def _release_lock(self) -> None:
+        self._lock.release(remove=self._owner and not self._leaving)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _refuse(error: OSError) -> Refused:

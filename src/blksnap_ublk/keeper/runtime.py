@@ -3,10 +3,11 @@
 
 import errno
 import fcntl
-import json
 import os
 import stat
 from pathlib import Path
+
+from blksnap_ublk.keeper.processes import read_processes
 
 DEFAULT = "/run/blksnap-ublk"
 VARIABLE = "BLKSNAP_UBLK_RUN"
@@ -23,6 +24,8 @@ class RuntimePaths:
         self.io_socket = self.root / "io.sock"
         self.varlink_socket = self.root / "io.blksnap.Ublk"
         self.state = self.root / "state"
+        self.processes = self.state / "processes"
+        self.layout = self.state / "layout"
         self.roles = self.root / "udev"
 
     @classmethod
@@ -43,47 +46,39 @@ class RuntimePaths:
 
 
 class AlreadyRunning(Exception):
-    """Another daemon, or a part of one, uses the runtime directory; the text says which."""
+    """Another keeper uses the runtime directory; the text says which."""
 
 
 class RuntimeLock:
-    """The flock on `daemon.lock`, held by the keeper and, through inherited descriptors, by its children.
+    """The flock on `daemon.lock`: whoever has it is the keeper of the runtime directory."""
 
-    So a daemon whose keeper was killed still counts as running. The file names the processes.
-    """
+    def __init__(self, paths: RuntimePaths, handed_over: int | None = None) -> None:
+        """`handed_over`: a duplicate of the descriptor of a keeper that is about to leave; it becomes ours.
 
-    def __init__(self, path: Path) -> None:
-        """Raises AlreadyRunning or OSError."""
-        self._path = path
-        self.descriptor = _locked(path)
-        self._processes: dict[str, int] = {}
-
-    def name(self, role: str, pid: int) -> None:
-        """Write down that process `pid` now is the `role`."""
-        self._processes[role] = pid
-        text = json.dumps(self._processes).encode() + b"\n"
-        os.pwrite(self.descriptor, text, 0)
-        os.ftruncate(self.descriptor, len(text))
+        Raises AlreadyRunning or OSError.
+        """
+        self._path = paths.lock
+        self.descriptor = _locked(paths) if handed_over is None else handed_over
 
     def release(self, *, remove: bool) -> None:
-        """Give this process' share of the lock up; `remove` the file when no child holds it any more."""
+        """Give the lock up, unless another keeper has a duplicate; `remove` the file as well."""
         if remove:
             self._path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
 
-def _locked(path: Path) -> int:
+def _locked(paths: RuntimePaths) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The former holder removes the file before it gives the lock up: this may be one that nobody else finds.
-            if _same_file(descriptor, path):
+            if _same_file(descriptor, paths.lock):
                 return descriptor
         except BlockingIOError:
-            text = _holder(descriptor)
             os.close(descriptor)
-            raise AlreadyRunning(text) from None
+            keeper = read_processes(paths.processes).living("keeper")
+            raise AlreadyRunning("already running" + (f" (pid {keeper.pid})" if keeper else "")) from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -95,30 +90,3 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        processes = {str(role): int(pid) for role, pid in json.loads(os.pread(descriptor, 4096, 0)).items()}
-    except (ValueError, AttributeError, TypeError):
-        return "already running"
-    keeper = processes.get("keeper")
-    if keeper is not None and _alive(keeper):
-        return f"already running (pid {keeper})"
-    left = {role: pid for role, pid in processes.items() if _alive(pid)}
-    if not left:
-        return "already running"
-    names = " and ".join(f"{role} (pid {pid})" for role, pid in left.items())
-    # Control ends io; alone, io ends by SIGKILL only.
-    command = f"kill -TERM {left['control']}" if "control" in left else f"kill -KILL {next(iter(left.values()))}"
-    return f"already running: the keeper is gone, but {names} still serve; end them first: {command}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

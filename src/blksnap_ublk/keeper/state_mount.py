@@ -36,17 +36,29 @@ def default_size() -> int:
     return min(memory // DEFAULT_SHARE, DEFAULT_LIMIT)
 
 
+def enter_host(namespace: int) -> None:
+    """Go to the mount namespace of the host, which a process of the daemon has handed over; closes the descriptor.
+
+    For a process that is about to become the keeper. Raises OSError.
+    """
+    try:
+        _check(_libc.setns(namespace, _CLONE_NEWNS), "the host's mount namespace")
+    finally:
+        os.close(namespace)
+
+
 class StateMount:
     """The tmpfs at `path`, at most `size` bytes; `found`: a former daemon left it, with the state of its devices.
 
-    Such a one is used again, with its size changed to `size` unless that is None.
+    Such a one is used again, with its size changed to `size` unless that is None. `host`: a descriptor of the host's
+    mount namespace, -1 where the daemon stays in it.
     """
 
     def __init__(self, path: Path, size: int | None) -> None:
         """Also goes to a mount namespace of our own, if it may. Single-threaded processes only. Raises OSError."""
         self.path = path.absolute()
         self.found = self._is_mounted()
-        self._host = -1
+        self.host = -1
         self._mount(size)
         try:
             self._leave_host()
@@ -59,10 +71,10 @@ class StateMount:
     def remove(self) -> None:
         """Unmount it everywhere and remove its directory. All other users must have ended. Raises OSError."""
         try:
-            if self._host >= 0:
+            if self.host >= 0:
                 # In ours first: where its own mount is private the host's unmount would not arrive here.
                 _unmount(self.path)
-                _check(_libc.setns(self._host, _CLONE_NEWNS), "setns")
+                _check(_libc.setns(self.host, _CLONE_NEWNS), "setns")
             _unmount(self.path)
             self.path.rmdir()
         finally:
@@ -70,9 +82,9 @@ class StateMount:
 
     def close(self) -> None:
         """Leave the tmpfs to the next daemon."""
-        if self._host >= 0:
-            os.close(self._host)
-            self._host = -1
+        if self.host >= 0:
+            os.close(self.host)
+            self.host = -1
 
     def _is_mounted(self) -> bool:
         mount = mount_at(self.path)
@@ -99,7 +111,7 @@ class StateMount:
         if pinned:
             log.info("staying in the host's mount namespace: %s does not propagate its mounts", pinned[0])
             return
-        self._host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self.host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         _check(_libc.unshare(_CLONE_NEWNS), "unshare")
         _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None), "mount namespace")
 

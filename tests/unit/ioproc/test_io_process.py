@@ -18,6 +18,7 @@ from blksnap_ublk import engine
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoClient, IoRefused
 from blksnap_ublk.ioproc.devices import bitmap_bytes
+from blksnap_ublk.keeper.child import STANDS_BY, TURN
 from blksnap_ublk.rpc.channel import listen
 
 SIZE = 8 << 20
@@ -66,7 +67,9 @@ class Io:
             )
         os.close(say)
         with open(hear) as pipe:
-            self.said = pipe.read()
+            assert pipe.readline().rstrip("\n") == STANDS_BY
+            self.process.send_signal(TURN)
+            self.said = pipe.readline()
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

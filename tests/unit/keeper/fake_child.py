@@ -6,43 +6,72 @@ serve [STATUS]      says that it serves, answers connections with its pid; at SI
 refuse CODE TEXT    says why it cannot
 die                 exits at once, without a word
 deaf                serves, and does not end at SIGTERM
+talk                serves, and logs without end
+All stand by until it is their turn; their answer is their pid, with a "!" if they are a lifeboat.
 """
 
+import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 
-from blksnap_ublk.keeper.child import ChildStart
+from blksnap_ublk.keeper.child import EXIT_HANDED_OVER, LEAVE, ChildStart
+from blksnap_ublk.keeper.client import KeeperClient
+from blksnap_ublk.keeper.log import start_log
+from blksnap_ublk.keeper.successor import KeeperWatch
 
 
 def main() -> int:
     split = sys.argv.index("--runtime")
     mode, *details = sys.argv[1:split]
     start = ChildStart.from_arguments(sys.argv[split:])
+    start_log(mode)
+    if mode == "refuse":
+        start.failed(details[1], int(details[0]))
+        return 1
+    if mode == "die":
+        return 3
+    if "--successor" in sys.argv:
+        watch = KeeperWatch(start)
+        watch.start()
+    start.wait_for_turn()
+    if "--successor" in sys.argv:
+        watch.patience = 0.0
     match mode:
-        case "refuse":
-            start.failed(details[1], int(details[0]))
-            return 1
-        case "die":
-            return 3
         case "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        case "talk":
+            threading.Thread(target=talk, daemon=True).start()
         case "serve":
             signal.signal(signal.SIGTERM, lambda *_: end(start, int(details[0]) if details else 0))
+    if start.ring_lock is None:
+        signal.signal(LEAVE, lambda *_: end(start, EXIT_HANDED_OVER))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [LEAVE])
     start.ready()
     while True:
         connection, _ = start.listener.accept()
-        connection.send(str(os.getpid()).encode())
+        connection.send(f"{os.getpid()}{'!' if start.lifeboat else ''}".encode())
         if connection.recv(8) == b"end":
             return 0
         connection.close()
+
+
+def talk() -> None:
+    while True:
+        logging.info("x" * 1000)
+        time.sleep(0.0001)
 
 
 def end(start: ChildStart, status: int) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(str(start.paths.io_socket))
         connection.send(b"end")
+    with contextlib.suppress(OSError):
+        KeeperClient(start.paths.keeper_socket).ending(status)
     os._exit(status)
 
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A real keeper with harmless children: its start, what it holds, deaths of its children, its end."""
 
-import contextlib
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,42 +13,7 @@ import pytest
 
 from blksnap_ublk.keeper.client import KeeperClient
 from blksnap_ublk.keeper.runtime import RuntimePaths
-
-RUN_KEEPER = Path(__file__).with_name("run_keeper.py")
-PATIENCE = 30
-
-
-class Running:
-    """A keeper process; `told` is its first line: exit code and text."""
-
-    def __init__(self, paths: RuntimePaths, io_mode: str = "serve", control_mode: str = "serve", *rest: str) -> None:
-        self.paths = paths
-        self.process = subprocess.Popen(
-            [sys.executable, str(RUN_KEEPER), str(paths.root), io_mode, control_mode, *rest],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.told = self.process.stdout.readline().rstrip("\n")
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """The keeper's exit status and log after signal `number`."""
-        self.process.send_signal(number)
-        _, log = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, log
-
-    def pid_of(self, path: Path) -> int:
-        """The process that serves a child's socket; waits for it over a restart."""
-        kind = socket.SOCK_SEQPACKET if path == self.paths.io_socket else socket.SOCK_STREAM
-        answer = b""
-        while not answer:  # a process that is about to die may still accept
-            with socket.socket(socket.AF_UNIX, kind) as connection:
-                connection.settimeout(PATIENCE)
-                connection.connect(str(path))
-                with contextlib.suppress(ConnectionResetError):
-                    answer = connection.recv(32)
-        return int(answer)
+from tests.unit.keeper.running import PATIENCE, Running, alive
 
 
 @pytest.fixture
@@ -67,15 +30,9 @@ def running(paths: RuntimePaths) -> Iterator[Running]:
         running.end()
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_a_clean_end_leaves_nothing(running: Running) -> None:
     children = [running.pid_of(running.paths.io_socket), running.pid_of(running.paths.varlink_socket)]
+    assert {path.name for path in running.paths.state.iterdir()} >= {"processes", "layout"}
     assert {path.name for path in running.paths.root.iterdir()} == {
         "daemon.lock",
         "io.blksnap.Ublk",
@@ -160,30 +117,6 @@ def test_a_child_that_dies_again_and_again_comes_back_each_time(running: Running
     assert "in 0.5 s" in log
 
 
-def test_the_children_go_on_without_the_keeper_and_keep_a_second_daemon_out(paths: RuntimePaths) -> None:
-    running = Running(paths)
-    pids = {name: running.pid_of(path) for name, path in (("io", paths.io_socket), ("control", paths.varlink_socket))}
-    running.process.kill()
-    running.process.wait(PATIENCE)
-    try:
-        assert running.pid_of(paths.io_socket) == pids["io"]
-        second = Running(paths)
-        assert second.process.wait(PATIENCE) == 4
-        assert second.told.startswith("4 already running: the keeper is gone")
-        assert all(f"{role} (pid {pid})" in second.told for role, pid in pids.items())
-        assert running.pid_of(paths.varlink_socket) == pids["control"]
-    finally:
-        for pid in pids.values():
-            os.kill(pid, signal.SIGKILL)
-    # They are gone as soon as init has seen it: their lock is free then.
-    for pid in pids.values():
-        while alive(pid):
-            os.sched_yield()
-    third = Running(paths)
-    assert third.told == "0 ready"
-    assert third.end()[0] == 0
-
-
 def test_a_second_daemon_is_told_who_runs(running: Running) -> None:
     second = Running(running.paths)
     assert second.process.wait(PATIENCE) == 4
@@ -220,7 +153,7 @@ def test_a_child_that_is_no_program_fails_the_start(paths: RuntimePaths) -> None
     command = [sys.executable, "-c", code, str(paths.root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
-    assert done.stdout.startswith("1 the io process cannot be started: [Errno 2]")
+    assert done.stdout.startswith("1 the program cannot be run: [Errno 2]")
     assert list(paths.root.iterdir()) == []
 
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The log: priorities for the journal, one file for all processes, bounded."""
+"""The log: priorities for the journal, one file for all processes, bounded, and nobody waits for it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from blksnap_ublk.keeper import log
+from tests.own_daemon import wait_until
 
 SAY = (
     "import logging, os\n"
@@ -39,16 +38,45 @@ def test_anything_else_gets_time_and_process() -> None:
         assert len(lines) == 4
 
 
-def test_a_log_past_its_limit_is_moved_while_it_is_written_to(tmp_path: Path) -> None:
+def test_a_log_past_its_limit_is_moved(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(descriptor, b"x" * log.LOG_LIMIT)
-    log.bound_log(path)
-    assert path.stat().st_size == log.LOG_LIMIT
-    os.write(descriptor, b"y")
-    log.bound_log(path)
-    assert path.stat().st_size == 0
-    assert (tmp_path / "log.1").stat().st_size == log.LOG_LIMIT + 1
-    os.write(descriptor, b"z")
-    os.close(descriptor)
-    assert path.read_bytes() == b"z"
+    code = (
+        "import logging, sys\n"
+        "from pathlib import Path\n"
+        "from blksnap_ublk.keeper import log, log_writer\n"
+        "from blksnap_ublk.rpc.loop import Loop\n"
+        "log_writer.LOG_LIMIT = 100_000\n"
+        "log_writer.LogWriter(Loop(), Path(sys.argv[1])).start()\n"
+        "log.start_log('io')\n"
+        "for number in range(3000):\n"
+        "    logging.info('%d %s', number, 'x' * 50)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    wait_until("the last line is written", lambda: path.exists() and " 2999 " in path.read_text())
+    former = path.with_name("log.1").read_text()
+    assert 100_000 < len(former) < 300_000
+    assert len(path.read_text()) < 300_000
+    numbers = [int(line.split(" INFO: ")[1].split()[0]) for line in (former + path.read_text()).splitlines()]
+    assert numbers == list(range(numbers[0], 3000))
+
+
+def test_what_a_full_pipe_does_not_take_is_counted() -> None:
+    code = (
+        "import logging, os\n"
+        "from blksnap_ublk.keeper import log\n"
+        "pipe, _ = log.become_stderr_of_all()\n"
+        "log.start_log('io')\n"
+        "for number in range(5000):\n"
+        "    logging.info('%s', 'x' * 1000)\n"
+        "text = b''\n"
+        "while len(text) < 500_000:\n"
+        "    text += os.read(pipe, 1 << 16)\n"
+        "logging.info('again')\n"
+        "print((text + os.read(pipe, 1 << 20)).decode())\n"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "again" in lines[-2]
+    missing = int(lines[-3].split("WARNING: ")[1].split()[0])
+    assert "messages are missing here" in lines[-3]
+    assert missing + len(lines) - 3 == 5000
+    assert min(map(len, lines[:-3])) > 1000

@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from blksnap_ublk.keeper.processes import read_processes
 from blksnap_ublk.keeper.runtime import RuntimePaths
+from tests.unit.keeper.running import wait_until_gone
 
 RUN_KEEPER = Path(__file__).with_name("run_keeper.py")
 PATIENCE = 30
@@ -144,3 +147,27 @@ def test_the_daemon_sees_the_mounts_of_the_host_and_pins_none(host: Host, paths:
         assert str(after) in mounts(pid)
         host.run("umount", after)
         assert str(after) not in mounts(pid)
+
+
+def test_a_keeper_that_control_starts_removes_it_from_the_host_as_well(host: Host, paths: RuntimePaths) -> None:
+    """Control is in the daemon's namespace, and the next keeper has to begin in that of the host."""
+    arguments = [str(paths.root), "serve", "serve", "mount", "successor"]
+    command = [*host.enter, sys.executable, str(RUN_KEEPER), *arguments]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "0 ready\n"
+    processes = Path(f"/proc/{first.pid}/root{paths.processes}")
+    control = read_processes(processes).processes["control"]
+    first.kill()
+    first.communicate(timeout=PATIENCE)
+    processes = Path(f"/proc/{control.pid}/root{paths.processes}")
+    end = time.monotonic() + PATIENCE
+    while (keeper := read_processes(processes).living("keeper")) is None:
+        assert time.monotonic() < end, "no other keeper"
+        time.sleep(0.02)
+    assert (namespace(keeper.pid) != namespace(host.pid)) == host.propagates
+    assert read_processes(processes).living("control") == control
+    os.kill(keeper.pid, signal.SIGTERM)
+    wait_until_gone(keeper.pid)
+    assert str(paths.state) not in mounts(host.pid)
+    assert list(paths.root.iterdir()) == []
