@@ -69,15 +69,17 @@ class _daemon_of_its_own:  # noqa: N801 - a context manager used like a function
 
     def __enter__(self) -> Path:
         self._directory = tempfile.TemporaryDirectory(prefix="blksnap-demo-run-")
-        self._before = os.environ.get("BLKSNAP_UBLK_RUN")
-        os.environ["BLKSNAP_UBLK_RUN"] = self._directory.name
+        own = {"BLKSNAP_UBLK_RUN": self._directory.name, "BLKSNAP_UBLK_STATE": f"{self._directory.name}/saved"}
+        self._before = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
         return Path(self._directory.name)
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is None:
-            del os.environ["BLKSNAP_UBLK_RUN"]
-        else:
-            os.environ["BLKSNAP_UBLK_RUN"] = self._before
+        for name, value in self._before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         self._directory.cleanup()
 
 

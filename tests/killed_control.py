@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from blksnap_ublk.cbt import History
+from blksnap_ublk.cbt import History, saved_file
 from blksnap_ublk.daemon import control, main
 from blksnap_ublk.host import claim, pagecache
 from blksnap_ublk.ioproc import messages
@@ -35,11 +35,12 @@ STEPS: list[tuple[Any, list[str]]] = [
     (storages, ["open_storage", "write_ahead", "hold"]),
     (releasing, ["release"]),
     (disks, ["write_back_and_stop"]),
-    (disks.Disks, ["add_filtered", "add_image", "start", "stop", "delete"]),
+    (disks.Disks, ["add_filtered", "add_image", "start", "stop", "delete", "resize"]),
     (Catalogue, ["put_device", "put_snapshot", "put_storage", "remove_device", "remove_snapshot", "remove_storage"]),
     (KeeperClient, ["put", "drop"]),
     (StateFiles, ["create", "remove"]),
-    (History, ["create", "prepare", "commit", "destroy", "fold", "remove"]),
+    (History, ["create", "prepare", "commit", "destroy", "fold", "remove", "begin_resize", "end_resize"]),
+    (saved_file, ["restore", "save", "write_mark"]),
     (Freezer, ["__enter__", "freeze", "thaw"]),
 ]
 

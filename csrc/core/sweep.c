@@ -409,11 +409,13 @@ static void step_records(struct bsu_sweep *sweep)
 static void step_pages(struct bsu_sweep *sweep)
 {
 	struct bsu_arena *arena = sweep->arena;
-	uint32_t end = (uint32_t)min_u64(arena->adopted.pages, (uint64_t)sweep->place + PAGES_SLICE);
+	uint32_t pages = arena->adopted.pages;
+	uint32_t end = (uint32_t)min_u64(pages, (uint64_t)sweep->place + PAGES_SLICE);
 
+	/* The first pages are free last, and used first: so the last portions get empty. */
 	for (; sweep->place < end; sweep->place++)
-		bsu_arena_free_unused(arena, sweep->place);
-	if (end == arena->adopted.pages) {
+		bsu_arena_free_unused(arena, pages - 1 - sweep->place);
+	if (end == pages) {
 		bsu_arena_end_adopted(arena);
 		sweep->phase = DONE;
 	}

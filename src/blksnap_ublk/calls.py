@@ -20,6 +20,7 @@ class Attach(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     depth: int | None = None
     tracking_block: int | None = None
     unit: int | None = None
+    trust_offline: bool | None = None
 
 
 class Detach(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -96,7 +97,7 @@ class ShowChanges(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
 
 
 class OneDevice(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Parameters of DescribeChanges and DumpChanges."""
+    """Parameters of Resize, DescribeChanges and DumpChanges."""
 
     device: str
 

@@ -252,6 +252,12 @@ class Version(Struct, kw_only=True, frozen=True):
     daemon: str | None
 
 
+class TakenOver(Struct, kw_only=True, frozen=True):
+    """Result of `serve --takeover`. `pause_ms`: for how long at most what the daemon serves waited."""
+
+    pause_ms: int
+
+
 class DeviceList(Struct, kw_only=True, frozen=True):
     """Result of `list`."""
 
@@ -290,6 +296,13 @@ class Detached(Struct, kw_only=True, frozen=True):
     device: Device
     broken_snapshots: list[str]
     warnings: list[str]
+
+
+class Resized(Struct, kw_only=True, frozen=True):
+    """Result of `resize`: the filtered device, and the bytes that it had before."""
+
+    device: Device
+    former_size: int
 
 
 class SnapshotCreated(Struct, kw_only=True, frozen=True):

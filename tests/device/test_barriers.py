@@ -229,20 +229,20 @@ def test_a_silent_storage_does_not_hold_recovery_back_but_keeps_its_lock(
         write_at(origin, 0, OLD)
         device = stack.enter_context(filtered(client, origin, way, folder))
         snapshot = device.snapshot(storage)
-        (dead,) = locks.held()
         beneath.suspend()
         try:
             writer = Started(lambda: errno_of_write(device.path, 0, FIRST))
             wait_until("old data is on its way to the storage", lambda: in_flight(storage)[1] > 0)
+            (daemon.runtime / "state" / f"image-{snapshot.id}.0").unlink()  # it cannot go on
             kill_io(daemon)
             wait_until("the writer is served again", writer.all_ended)
             assert writer.ended == [0]
             assert read_at(device.path, 0, LENGTH) == FIRST
-            assert dead in locks.held()
+            assert locks.of_dead()
             assert device.state_of(snapshot) == "corrupted"
             with pytest.raises(Busy, match="storage does not answer"):
                 device.destroy(snapshot)
         finally:
             beneath.resume()
-        wait_until("the last storage write has ended", lambda: dead not in locks.held())
+        wait_until("the last storage write has ended", lambda: not locks.of_dead())
         device.destroy(snapshot)

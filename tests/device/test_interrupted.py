@@ -155,7 +155,7 @@ def test_a_damaged_catalogue_disturbs_no_device(daemon: OwnDaemon, two: Disks) -
         device = client.attach(two.origin, name="data")
         snapshot = client.create_snapshot(["data"], storage=[str(two.directory / "storage")])
     write(device.device, 3)
-    for path in (daemon.runtime / "state" / "catalogue").glob("*.json"):
+    for path in (daemon.runtime / "state" / "catalogue").glob("*-*.*"):
         path.write_bytes(path.read_bytes()[:-20])
     kill(daemon, "control")
     with daemon.client() as client:
@@ -175,10 +175,12 @@ def test_a_damaged_catalogue_disturbs_no_device(daemon: OwnDaemon, two: Disks) -
 
 
 def test_the_io_process_dies_while_an_image_is_read(daemon: OwnDaemon, two: Disks) -> None:
+    """And nothing of the state of the image is left."""
     with daemon.client() as client:
         device = client.attach(two.origin, name="data").device
         snapshot = client.create_snapshot(["data"], storage=[str(two.directory / "storage")])
     image = snapshot.images[0].image
+    (daemon.runtime / "state" / f"image-{snapshot.id}.0").unlink()
     reader = subprocess.Popen(
         ["dd", f"if={image}", "of=/dev/null", "bs=4096", "iflag=direct", "status=none"], stderr=subprocess.PIPE
     )
@@ -189,7 +191,7 @@ def test_the_io_process_dies_while_an_image_is_read(daemon: OwnDaemon, two: Disk
     with daemon.client() as client:
         assert not client.check_snapshot(snapshot.id).trusted
         shown = client.show_snapshot(snapshot.id)
-        assert (shown.state.value, shown.error) == ("corrupted", "the io process that preserved its data has died")
+        assert (shown.state.value, shown.error) == ("corrupted", f"the state of the image of {two.origin} is gone")
         client.destroy_snapshots([snapshot.id])
         expect_only(daemon, 1, 0)
         # The change map lives on: what was written before and after is in the next increment.

@@ -153,13 +153,16 @@ def test_control_is_killed(daemon: OwnDaemon, client: Client, folder: Path, way:
 
 
 def test_the_io_process_is_killed(folder: Path, way: str) -> None:
-    """Its successor gets their requests again: they end without an error, and the snapshot says that it is lost."""
+    """Its successor gets their requests again: they go on waiting, and end when there is room."""
     with own_daemon() as daemon, daemon.client() as client, waiting(client, folder, way) as story:
         former = daemon.pid("io")
         os.kill(former, signal.SIGKILL)
         wait_until("another io process", lambda: daemon.pid("io") != former)
-        wait_until("the snapshot is lost", lambda: story.disk.state_of(story.snapshot) == "corrupted")
+        wait_until("its device is served again", lambda: "recovered" in [event.type for event in client.events()])
+        assert story.still_wait()
+        client.add_storage(story.snapshot.id, [storage_file(folder, "more", MIB)])
         story.expect_written()
+        story.expect_right()
 
 
 def _answers(daemon: OwnDaemon) -> bool:

@@ -36,6 +36,7 @@ class FakeService:
         self.last: NDArray[np.uint32] = np.arange(SIZE // 65536, dtype=np.uint32) % 7
         self.marked: list[forms.Range] = []
         self.requests: list[tuple[str, object]] = []
+        self.trusted: list[bool] = []
         self.backlog: list[forms.Event] = []
         self.grown = asyncio.Event()
         self.followers = 0
@@ -50,11 +51,13 @@ class FakeService:
         depth: int | None,
         tracking_block: int | None,
         unit: int | None,
+        trust_offline: bool,
     ) -> forms.Attached:
         if device == "/dev/gone":
             raise NotFound("no such block device", subject=device, errno="ENOENT")
         if device == "/dev/zoned":
             raise Unsupported("zoned devices cannot be filtered", subject=device)
+        self.trusted.append(trust_offline)
         if device == "/dev/bug":
             raise ZeroDivisionError("a bug")
         if device in self.mounted:
@@ -90,6 +93,12 @@ class FakeService:
         del self.devices[found.device]
         warnings = [f"snapshot {broken} is broken" for broken in found.snapshots]
         return forms.Detached(device=found, broken_snapshots=found.snapshots, warnings=warnings)
+
+    async def resize(self, device: str) -> forms.Resized:
+        found = self.find(device)
+        larger = msgspec.structs.replace(found, size=max(found.size, 2 * SIZE))
+        self.devices[found.device] = larger
+        return forms.Resized(device=larger, former_size=found.size)
 
     async def list_devices(self) -> list[forms.Device]:
         return list(self.devices.values())

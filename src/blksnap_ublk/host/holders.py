@@ -6,14 +6,16 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from blksnap_ublk.errors import Busy
+from blksnap_ublk.errors import Busy, NotFound
 from blksnap_ublk.host import blockdev, mounts, stack, swap, sysfs
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.host.syscalls import file_status
 
+_LOOP_MAJOR = 7
 _NAMED = 4  # more holders than these are counted only
 
 
@@ -68,10 +70,20 @@ def claims(number: DeviceNumber) -> list[Holder]:
     for device in sorted(related):
         for above in sysfs.numbers_in(sysfs.directory(device) / "holders"):
             found.append(Holder(f"device {_title(above)}" + _on(frozenset({device}), number), "remove it first"))
-    for device in _loops():
-        backing = stack.loop_backing(device)
-        if backing and backing.node in related:
-            found.append(Holder(f"device {_title(device)}", f"losetup -d {blockdev.node_path(device)} first"))
+    for device in loops_on(number):
+        found.append(Holder(f"device {_title(device)}", f"losetup -d {blockdev.node_path(device)} first"))
+    return found
+
+
+def loops_on(number: DeviceNumber) -> list[DeviceNumber]:
+    """The loop devices directly on a device, its partitions or its disk. Raises NotFound."""
+    related = _related(number)
+    found = []
+    for device in sysfs.all_numbers():
+        with suppress(NotFound):  # it has just gone
+            backing = stack.loop_backing(device) if device.major == _LOOP_MAJOR else None
+            if backing and backing.node in related:
+                found.append(device)
     return found
 
 
@@ -122,10 +134,6 @@ def _on(devices: frozenset[DeviceNumber], number: DeviceNumber) -> str:
 def _title(number: DeviceNumber) -> str:
     name = sysfs.text(sysfs.directory(number), "dm/name")
     return f"{blockdev.node_path(number)} ({name})" if name else blockdev.node_path(number)
-
-
-def _loops() -> list[DeviceNumber]:
-    return [number for number in sysfs.all_numbers() if number.major == 7]
 
 
 def _open_devices(pid: int) -> set[DeviceNumber]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blksnap_ublk.host import sysfs
+from blksnap_ublk.host import journal, sysfs
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.host.syscalls import file_status
 
@@ -109,12 +109,21 @@ def mount_of(mount_id: int) -> Mount | None:
 def devices_of(mount: Mount) -> frozenset[DeviceNumber]:
     """The block devices that a mounted file system lies on; empty where it has none or does not tell."""
     if mount.device.major:
-        return frozenset({mount.device})
+        return frozenset({mount.device}) | journal.external(mount.device) | _xfs_devices(mount)
     if mount.filesystem == "btrfs":
         return _btrfs_devices(mount)
     if mount.filesystem == "overlay":
         return frozenset(_overlay_devices(mount))
     return frozenset(_block_nodes(mount.source.split(":")))  # bcachefs names all members, with colons
+
+
+def beside(number: DeviceNumber) -> frozenset[DeviceNumber]:
+    """The other block devices that the file system on a device writes to when it is written to: journal, log, realtime.
+
+    For those mounted in this namespace; nothing is read from any device.
+    """
+    same = [mount for mount in own_mounts() if mount.device == number and mount.filesystem == "xfs"]
+    return journal.external(number).union(*map(_xfs_devices, same))
 
 
 def mounts_directly_on(numbers: frozenset[DeviceNumber]) -> list[Mount]:
@@ -157,6 +166,13 @@ def _btrfs_devices(mount: Mount) -> frozenset[DeviceNumber]:
     # The name is one of another namespace, or its node has gone: the file system itself is asked.
     fsid = _btrfs_id(mount)
     return frozenset(sysfs.numbers_in(_BTRFS / fsid / "devices")) if fsid else frozenset()
+
+
+def _xfs_devices(mount: Mount) -> frozenset[DeviceNumber]:
+    if mount.filesystem != "xfs":
+        return frozenset()
+    options = [option.partition("=") for option in mount.super_options.split(",")]
+    return frozenset(_block_nodes([unescape(value) for key, _, value in options if key in ("logdev", "rtdev")]))
 
 
 def _btrfs_id(mount: Mount) -> str | None:

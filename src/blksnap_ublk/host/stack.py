@@ -56,13 +56,14 @@ def loop_backing(number: DeviceNumber) -> LoopBacking | None:
 
 
 def devices_beneath_file(target: str | int) -> frozenset[DeviceNumber]:
-    """The block devices that hold the file system of a path or a descriptor; empty where there are none.
+    """The block devices that hold the file system of a path or a descriptor, an external journal too; empty where there
+    are none.
 
     Raises OSError.
     """
     status = file_status(target)
     if status.filesystem.major:
-        return frozenset({status.filesystem})
+        return frozenset({status.filesystem}) | mounts.beside(status.filesystem)
     mount = mounts.mount_of(status.mount_id) if status.mount_id is not None else None
     return mounts.devices_of(mount) if mount else frozenset()
 
@@ -78,7 +79,7 @@ def directly_beneath(number: DeviceNumber) -> frozenset[DeviceNumber]:
     if backing and backing.node:
         found.add(backing.node)
     elif backing and backing.filesystem.major:
-        found.add(backing.filesystem)
+        found |= {backing.filesystem, *mounts.beside(backing.filesystem)}
     elif backing:
         try:
             if file_status(backing.path).inode == backing.inode:
@@ -97,6 +98,16 @@ def underlying_devices(number: DeviceNumber) -> frozenset[DeviceNumber]:
             if below not in found and below != number and (sysfs.BLOCK_DEVICES / str(below)).exists():
                 found.add(below)
                 waiting.append(below)
+    return frozenset(found)
+
+
+def files_beneath(number: DeviceNumber) -> frozenset[tuple[DeviceNumber, int]]:
+    """The files, as file system and inode, that hold loop devices of the stack of a device. Raises NotFound."""
+    found = set()
+    for device in underlying_devices(number) | {number}:
+        backing = loop_backing(device)
+        if backing is not None and backing.node is None:
+            found.add((backing.filesystem, backing.inode))
     return frozenset(found)
 
 

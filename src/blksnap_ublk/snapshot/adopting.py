@@ -3,38 +3,87 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import NoReturn
 
 import msgspec
 
-from blksnap_ublk.errors import Failed
+from blksnap_ublk.errors import BlksnapError, Failed
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import naming, releasing, storages
+from blksnap_ublk.snapshot import cutting_back, host_view, naming, storages
 from blksnap_ublk.snapshot.catalogue import AreaEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.storage import Identity
+from blksnap_ublk.snapshot.storage.reopening import reopen
 
+_CLAIM_LIMIT = 1.0  # seconds for a dead process to let go of a file
 _log = logging.getLogger(__name__)
 
 
 def adopt(context: Context, storage: StorageEntry) -> None:
-    """After a restart of this process: takes the descriptors back from the keeper. Raises Failed."""
+    """After a restart of this process: takes the descriptors back from the keeper, and ends what was broken off.
+
+    What the keeper does not have any more is opened again, but for what lies on a filtered device, which may not be
+    served yet: the storage is in `Context.unheld` then, and this is to be called again. Raises Failed, OSError.
+    """
     if storage.key in context.open_storages:
         return
-    with ExitStack() as undo:
-        for area in storage.areas:
-            try:
-                context.registry.acquire(storages.identity(area), partial(context.keeper.get, area.descriptor))
-            except OSError as error:
-                raise Failed("the storage is no longer held", subject=area.path, errno="ENOENT") from error
-            undo.callback(context.registry.release, storages.identity(area))
-        undo.pop_all()
-    context.open_storages.add(storage.key)
+    try:
+        hold_again(context, storage)
+    except _NotYetError:
+        context.unheld.add(storage.key)
+        return
+    context.unheld.discard(storage.key)
     with context.storage_locks.holding([storage.key]):
         _settle_adopted(context, storage.key)
+
+
+def hold_again(context: Context, storage: StorageEntry, *, on_filtered: bool = False) -> None:
+    """Takes the descriptors of all areas; nothing happens where this process has them. Raises Failed, OSError.
+
+    `on_filtered`: files on filtered devices may be opened, which waits for these.
+    """
+    if storage.key in context.open_storages:
+        return
+    with holding(context, storage.areas, on_filtered=on_filtered) as undo:
+        undo.pop_all()
+    context.open_storages.add(storage.key)
+
+
+@contextmanager
+def holding(context: Context, areas: Sequence[AreaEntry], *, on_filtered: bool = False) -> Iterator[ExitStack]:
+    """Has the files of these areas open, with the keeper too; what is given closes them. Raises Failed, OSError."""
+    with ExitStack() as undo:
+        for area in areas:
+            context.registry.acquire(storages.identity(area), partial(_opened, context, area, on_filtered))
+            undo.callback(context.registry.release, storages.identity(area))
+        put_again(context, areas)
+        yield undo
+
+
+def put_again(context: Context, areas: Sequence[AreaEntry]) -> None:
+    """Gives the keeper what it lacks of the descriptors of areas that this process has open. Raises OSError."""
+    names = set(context.keeper.names())
+    for area in areas:
+        if area.descriptor and area.descriptor not in names:
+            names.add(area.descriptor)
+            with descriptor_of(context, area) as descriptor:
+                context.keeper.put(area.descriptor, descriptor)
+
+
+@contextmanager
+def descriptor_of(context: Context, area: AreaEntry) -> Iterator[int]:
+    """That of the file of an area which this process has open. Raises OSError where it has not."""
+    descriptor = context.registry.acquire(storages.identity(area), _gone)
+    try:
+        yield descriptor
+    finally:
+        context.registry.release(storages.identity(area))
 
 
 def settle(context: Context, storage: StorageEntry) -> StorageEntry:
@@ -52,13 +101,34 @@ def settle(context: Context, storage: StorageEntry) -> StorageEntry:
         except IoRefused as error:
             _log.error("%s: %s: a part of it is not used", storage.areas[n].path, error.strerror)
             unused = storage.areas[n:]
-            for area in unused:
-                context.registry.release(storages.identity(area))
-            storage = msgspec.structs.replace(storage, areas=storage.areas[:n])
-            context.catalogue.put_storage(storage)
-            _restore_others(storage, unused)
+            with ExitStack() as closing:
+                held = cutting_back.held_files(context, unused, closing)
+                for area in unused:
+                    context.registry.release(storages.identity(area))
+                storage = msgspec.structs.replace(storage, areas=storage.areas[:n])
+                context.catalogue.put_storage(storage)
+                _restore_others(context, storage, unused, held)
             break
     return storage
+
+
+class _NotYetError(Exception):
+    """A file on a filtered device cannot be opened before that is served."""
+
+
+def _opened(context: Context, area: AreaEntry, on_filtered: bool) -> int:
+    with suppress(OSError):
+        return context.keeper.get(area.descriptor)
+    if area.beneath is not None and not on_filtered:
+        raise _NotYetError
+    try:
+        return reopen(host_view.find(area.path), storages.identity(area), _CLAIM_LIMIT)
+    except (BlksnapError, OSError) as error:
+        raise Failed(f"the storage is no longer held: {error}", subject=area.path, errno="ENOENT") from error
+
+
+def _gone() -> NoReturn:
+    raise OSError(errno.ENOENT, "the storage has been released")
 
 
 def _give_again(context: Context, storage: StorageEntry, n: int) -> None:
@@ -81,7 +151,7 @@ def _settle_adopted(context: Context, key: str) -> None:
     if storage is None:
         return
     storage = settle(context, storage)
-    _restore_others(storage, storage.announced)
+    _restore_others(context, storage, [area for area in storage.announced if area.beneath is None], {})
     context.catalogue.put_storage(msgspec.structs.replace(storage, announced=[]))
     known = {area.descriptor for area in storage.areas}
     for name in context.keeper.names():
@@ -89,8 +159,12 @@ def _settle_adopted(context: Context, key: str) -> None:
             context.keeper.drop(name)
 
 
-def _restore_others(storage: StorageEntry, areas: Sequence[AreaEntry]) -> None:
-    """Cuts the files of `areas` back, but those that the storage uses."""
+def _restore_others(
+    context: Context, storage: StorageEntry, areas: Sequence[AreaEntry], held: Mapping[Identity, int]
+) -> None:
+    """Cuts the files of `areas` back, but those that this storage or another uses; `held`: descriptors of them."""
     used = {storages.identity(area) for area in storage.areas}
-    for warning in releasing.restore([area for area in areas if storages.identity(area) not in used]):
+    others = storages.files_of_others(context, storage.key)
+    unused = [area for area in areas if storages.identity(area) not in used]
+    for warning in cutting_back.restore(unused, others, held):
         _log.warning("%s", warning)

@@ -6,20 +6,21 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
 
-from blksnap_ublk.cbt import History
 from blksnap_ublk.errors import Busy, Unsupported, UsageError, from_os_error
 from blksnap_ublk.host import blockdev, claim, holders, pagecache, stack
 from blksnap_ublk.host.blockdev import BlockDevice
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import naming, same_device
+from blksnap_ublk.snapshot import naming, same_device, saved_changes
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, Served
 from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.saved_changes import Recall
 from blksnap_ublk.snapshot.state_files import swallowed_bytes
 from blksnap_ublk.snapshot.undoing import quietly
 
@@ -29,7 +30,7 @@ DEFAULT_DEPTH = 128
 DEFAULT_TRACKING_BLOCK = 64 << 10
 DEFAULT_UNIT = 4 << 10
 TRACKING_BLOCKS = (4 << 10, 64 << 20)
-UNITS = (512, 1 << 20)
+UNITS = (512, 64 << 10)
 
 _PASSING = ("systemd-udevd", "(udev-worker)")  # open devices for a moment, to read
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+-]{0,63}")
@@ -46,6 +47,7 @@ class AttachOptions:
     depth: int | None = None
     tracking_block: int | None = None
     unit: int | None = None
+    trust_offline: bool = False
 
     def __post_init__(self) -> None:
         if self.name is not None and not _NAME.fullmatch(self.name):
@@ -72,12 +74,20 @@ def attach(context: Context, path: str, options: AttachOptions) -> tuple[DeviceE
         descriptor = claim.open_exclusive(origin.path)
         undo.callback(quietly, context.disks.links.origin_released, origin.number)
         try:
-            undo.callback(quietly, context.keeper.drop, f"origin:{key}")
-            context.keeper.put(f"origin:{key}", descriptor)
+            undo.callback(quietly, context.keeper.drop, naming.origin_descriptor_name(key))
+            context.keeper.put(naming.origin_descriptor_name(key), descriptor)
             pagecache.flush_disk(origin.number)
             warnings = _other_openers(origin)
-            _create_state(context, entry, undo)
-            entry = _serve(context, entry, origin, descriptor, options, undo)
+            trust = options.trust_offline
+            wanted = saved_changes.Wanted(options.tracking_block, entry.unit, trust, in_use=bool(warnings))
+            recalled = saved_changes.recall(context, origin, descriptor, wanted)
+            entry, unknown = _create_state(context, entry, recalled, undo)
+            warnings += unknown
+
+            def begin_writes() -> None:
+                warnings.extend(saved_changes.mark_in_use(recalled, context.histories[key].generation))
+
+            entry = _serve(context, entry, origin, descriptor, options, undo, begin_writes)
         except OSError as error:
             raise from_os_error(error, subject=origin.path) from None
         finally:
@@ -159,12 +169,20 @@ def _other_openers(origin: BlockDevice) -> list[str]:
     ]
 
 
-def _create_state(context: Context, entry: DeviceEntry, undo: ExitStack) -> None:
+def _create_state(
+    context: Context, entry: DeviceEntry, recalled: Recall, undo: ExitStack
+) -> tuple[DeviceEntry, list[str]]:
+    """Its history, the one that was saved where that still holds; the entry with its tracking block, and warnings."""
+    if recalled.tracking_block is not None and recalled.tracking_block != entry.tracking_block:
+        entry = msgspec.structs.replace(entry, tracking_block=recalled.tracking_block)
+        context.catalogue.put_device(entry)
     directory = f"device-{entry.key}"
     undo.callback(context.state.remove, directory)
     context.state.path(directory).mkdir(mode=0o700)
     try:
-        history = History.create(context.state.path(directory), entry.size, entry.tracking_block)
+        history, unknown = saved_changes.begin(
+            recalled, context.state.path(directory), entry.size, entry.tracking_block
+        )
     except OSError as error:
         where = str(context.state.path(directory))
         raise from_os_error(error, subject=where, advice="restart the daemon with more --state-size") from None
@@ -173,6 +191,7 @@ def _create_state(context: Context, entry: DeviceEntry, undo: ExitStack) -> None
     undo.callback(context.histories.pop, entry.key, None)
     context.histories[entry.key] = history
     os.close(context.state.create(f"{directory}/swallowed", swallowed_bytes(entry.size, entry.tracking_block)))
+    return entry, [f"{entry.origin}: {unknown}"] if unknown is not None else []
 
 
 def open_at_io(context: Context, entry: DeviceEntry, origin: int) -> None:
@@ -188,6 +207,7 @@ def open_at_io(context: Context, entry: DeviceEntry, origin: int) -> None:
             block=entry.block,
             unit=entry.unit,
             tracking_block=entry.tracking_block,
+            held=naming.origin_descriptor_name(entry.key),
         )
         context.io.call(message, [origin, bitmap, swallowed])
 
@@ -206,10 +226,16 @@ def serve_message(key: str, served: Served) -> messages.ServeDevice:
 
 
 def _serve(
-    context: Context, entry: DeviceEntry, origin: BlockDevice, descriptor: int, options: AttachOptions, undo: ExitStack
+    context: Context,
+    entry: DeviceEntry,
+    origin: BlockDevice,
+    descriptor: int,
+    options: AttachOptions,
+    undo: ExitStack,
+    begin_writes: Callable[[], None],
 ) -> DeviceEntry:
     queues = options.queues or min(os.cpu_count() or 1, 4)
-    served = context.disks.add_filtered(origin, queues, options.depth or DEFAULT_DEPTH)
+    served = context.disks.add_filtered(entry.key, origin, queues, options.depth or DEFAULT_DEPTH)
     undo.callback(quietly, context.disks.delete, served.ublk_id)
     entry = msgspec.structs.replace(entry, served=served)
     context.catalogue.put_device(entry)
@@ -218,7 +244,8 @@ def _serve(
     undo.callback(quietly, context.io.end, messages.CloseDevice(entry.key))
     context.io.call(serve_message(entry.key, served))
     undo.callback(quietly, context.disks.stop, served.ublk_id)
-    context.disks.start(served.ublk_id, context.io.pid)
+    begin_writes()
+    context.disks.start(served.ublk_id, context.io.pid, context.io.lost)
     context.disks.links.origin_taken(origin.number)
     return entry
 

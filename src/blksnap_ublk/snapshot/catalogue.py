@@ -2,7 +2,8 @@
 """What the control process must know again after a kill -9: devices, snapshots, storages, one small file for each.
 
 Each file is JSON with a version and a checksum, replaced by an atomic rename, so that a change of one object is either
-there or not, and damage costs one object only. Entries are immutable; to change one, `put` another with the same key.
+there or not, and damage costs one object only. Each is there twice, and either is enough. Entries are immutable; to
+change one, `put` another with the same key.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from blksnap_ublk.snapshot.spare_file import SpareFile
 
 _VERSION = 1
 _SERIAL_MAX = (1 << 24) - 1
+_FIRST, _COPY = ".json", ".copy"
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +73,8 @@ class AreaEntry(msgspec.Struct, frozen=True):
     """An area of a difference storage, in bytes. `descriptor`: the name under which the keeper holds its file.
 
     `former_size`: what a file that was extended for the storage is cut back to when it is released; -1 for one that was
-    made for it and is removed; None for one that stays as it is. `grows`: the file may be made longer by itself.
+    made for it and is removed; None for one that stays as it is. `longest`: what the file may have been made; where it
+    is longer than that, others have written to it. `grows`: the file may be made longer by itself.
 
     `offset` is the place in the file `path`. `beneath`: the key of the filtered device on whose origin the area is
     written, at `physical` there; None for one that is written through its file.
@@ -87,17 +90,19 @@ class AreaEntry(msgspec.Struct, frozen=True):
     beneath: str | None = None
     physical: int | None = None
     grows: bool = False
+    longest: int = 0
 
 
 class StorageEntry(msgspec.Struct, frozen=True):
     """A difference storage, shared by the snapshots whose `storage_key` is its key; it ends with the last of them.
 
     `areas` stand in the order in which the io process has them; it may lack the last of them when an operation was
-    broken off. `announced`: files, without length, that are about to be opened and may be made longer for it.
+    broken off. `announced`: files, without length, that may be made longer for it before there is more to say.
 
     `limit` in bytes: what growth may not pass; None: no limit but the file system's. `on_overflow` is the text that
     `overflow.parse` reads. `wipe`: its areas are overwritten when they are given back. `copy_rate`: bytes per second
-    that copy-on-write may write to it; None: no limit.
+    that copy-on-write may write to it; None: no limit. `released`: no snapshot and no io process uses it any more, and
+    its files are to be given back.
     """
 
     key: str
@@ -108,6 +113,7 @@ class StorageEntry(msgspec.Struct, frozen=True):
     wipe: bool = False
     copy_rate: int | None = None
     announced: list[AreaEntry] = []
+    released: bool = False
 
     @property
     def capacity(self) -> int:
@@ -174,7 +180,7 @@ class Catalogue:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Reads what is there. `damaged` lists the keys of files that could not be read; they are set aside."""
+        """Reads what is there. `damaged` lists the keys of entries that could not be read; they are set aside."""
         self._directory = directory
         self._lock = threading.Lock()
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -198,9 +204,11 @@ class Catalogue:
             return list(self._storages.values())
 
     def snapshots(self) -> list[SnapshotEntry]:
-        """All snapshots, oldest first."""
+        """All snapshots, oldest first, in the order of their serials: clocks are set back now and then."""
         with self._lock:
-            return sorted(self._snapshots.values(), key=lambda entry: entry.created)
+            serials = self._serials()
+            wrapped = bool(serials) and max(serials) - min(serials) > _SERIAL_MAX // 2
+            return sorted(self._snapshots.values(), key=lambda entry: _age(entry, wrapped=wrapped))
 
     def device(self, key: str) -> DeviceEntry | None:
         """The device of a key."""
@@ -295,22 +303,29 @@ class Catalogue:
         return number if 0 <= number <= _SERIAL_MAX else 0
 
     def _path(self, kind: str, key: str) -> Path:
-        return self._directory / f"{kind}-{key}.json"
+        return self._directory / f"{kind}-{key}{_FIRST}"
 
     def _write(self, kind: str, key: str, entry: Entry, among: dict[str, Entry]) -> None:
         body = msgspec.json.encode(entry)
         text = msgspec.json.encode(_File(_VERSION, zlib.crc32(body), msgspec.Raw(body)))
         # What is there already can always be changed; what is added leaves the room set aside alone.
-        self._replace(self._path(kind, key), text, spare=key in among)
+        path = self._path(kind, key)
+        self._replace(path, text, spare=key in among)
         among[key] = entry
+        copy = path.with_suffix(_COPY)
+        try:
+            _write_whole(path.with_suffix(".writing"), text)
+            os.rename(path.with_suffix(".writing"), copy)
+        except OSError:
+            # An older one must not be taken for this one.
+            path.with_suffix(".writing").unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
 
     def _replace(self, path: Path, text: bytes, *, spare: bool) -> None:
         writing = path.with_suffix(".writing")
         try:
             self._spare.ensure(2 * len(text))
-            descriptor = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(text)
+            _write_whole(writing, text)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -323,21 +338,50 @@ class Catalogue:
 
     def _remove(self, kind: str, key: str, among: dict[str, Entry]) -> None:
         among.pop(key, None)
-        self._path(kind, key).unlink(missing_ok=True)
+        path = self._path(kind, key)
+        path.with_suffix(_COPY).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def _load(self, kind: str, form: type[Entry]) -> dict[str, Entry]:
         found: list[tuple[int, str, Entry]] = []
-        for path in self._directory.glob(f"{kind}-*.json"):
-            key = path.stem.removeprefix(f"{kind}-")
-            try:
-                file = msgspec.json.decode(path.read_bytes(), type=_File)
-                if file.version != _VERSION or zlib.crc32(bytes(file.entry)) != file.checksum:
-                    raise ValueError("wrong version or checksum")
-                entry = msgspec.json.decode(file.entry, type=form)
-            except (ValueError, RecursionError) as error:
-                _log.error("%s: damaged (%s)", path, error)
-                self.damaged.append(key)
-                path.rename(path.with_suffix(".damaged"))
+        keys = {path.stem for path in self._directory.glob(f"{kind}-*") if path.suffix in (_FIRST, _COPY)}
+        for stem in sorted(keys):
+            paths = [self._directory / f"{stem}{suffix}" for suffix in (_FIRST, _COPY)]
+            entry = next((each for path in paths if (each := _read(path, form)) is not None), None)
+            key = stem.removeprefix(f"{kind}-")
+            if entry is not None:
+                changed = max(path.stat().st_mtime_ns for path in paths if path.exists())
+                found.append((changed, key, entry))
                 continue
-            found.append((path.stat().st_mtime_ns, key, entry))
+            self.damaged.append(key)
+            for path in paths:
+                if path.exists():
+                    path.rename(f"{path}.damaged")
         return {key: entry for _, key, entry in sorted(found, key=lambda item: item[:2])}
+
+
+def _age(entry: SnapshotEntry, *, wrapped: bool) -> tuple[int, str]:
+    """Rises with each snapshot; one without images is about to be taken. `wrapped`: serials have begun again."""
+    if not entry.images:
+        return 2 * _SERIAL_MAX + 1, entry.created
+    first = min(image.serial for image in entry.images)
+    return first + (_SERIAL_MAX if wrapped and first <= _SERIAL_MAX // 2 else 0), entry.created
+
+
+def _read(path: Path, form: type[Entry]) -> Entry | None:
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        if file.version != _VERSION or zlib.crc32(bytes(file.entry)) != file.checksum:
+            raise ValueError("wrong version or checksum")
+        return msgspec.json.decode(file.entry, type=form)
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        _log.error("%s: damaged (%s)", path, error)
+        return None
+
+
+def _write_whole(path: Path, text: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(text)

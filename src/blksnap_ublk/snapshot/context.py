@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from blksnap_ublk.keeper.client import KeeperClient
 from blksnap_ublk.snapshot.catalogue import Catalogue
 from blksnap_ublk.snapshot.disks import Disks
 from blksnap_ublk.snapshot.io_link import IoLink
+from blksnap_ublk.snapshot.keyed_locks import KeyedLocks
 from blksnap_ublk.snapshot.state_files import StateFiles
 from blksnap_ublk.snapshot.storage import DescriptorRegistry
 
@@ -26,36 +27,6 @@ class Emit(Protocol):
     def __call__(
         self, kind: str, *, snapshot: str | None = None, device: str | None = None, **data: object
     ) -> None: ...
-
-
-class KeyedLocks:
-    """One lock for each key, which exists while somebody holds it or waits for it."""
-
-    def __init__(self) -> None:
-        self._own = threading.Lock()
-        self._locks: dict[str, _Counted] = {}
-
-    @contextmanager
-    def holding(self, keys: Iterable[str]) -> Iterator[None]:
-        """Holds the locks of some keys, taken in their order, so that several callers never wait for one another."""
-        with ExitStack() as stack:
-            for key in sorted(set(keys)):
-                stack.enter_context(self._holding(key))
-            yield
-
-    @contextmanager
-    def _holding(self, key: str) -> Iterator[None]:
-        with self._own:
-            counted = self._locks.setdefault(key, _Counted())
-            counted.users += 1
-        try:
-            with counted.lock:
-                yield
-        finally:
-            with self._own:
-                counted.users -= 1
-                if counted.users == 0:
-                    del self._locks[key]
 
 
 class DeviceLocks(KeyedLocks):
@@ -113,12 +84,6 @@ class Growing:
 
 
 @dataclass
-class _Counted:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    users: int = 0
-
-
-@dataclass
 class Context:
     """The parts, and the little that only memory knows."""
 
@@ -131,6 +96,8 @@ class Context:
     emit: Emit
     hooks: Path | None = None
     """The directory with what is run before and after a snapshot is taken."""
+    saved: Path | None = None
+    """The directory on a disk with the change maps of what is not attached; None: they are not saved."""
     locks: DeviceLocks = field(default_factory=DeviceLocks)
     storage_locks: KeyedLocks = field(default_factory=KeyedLocks)
     """By storage key while its snapshots come or go, by file while one is opened."""
@@ -146,3 +113,17 @@ class Context:
     """By device key; a device that is not in it is live."""
     unsettled: set[str] = field(default_factory=set)
     """Ids of snapshots whose instant may have come without their devices' histories knowing it yet."""
+    unfinished: set[str] = field(default_factory=set)
+    """Ids of snapshots whose removal was broken off, and is to be tried again."""
+    waiting: set[str] = field(default_factory=set)
+    """Ids of snapshots whose images wait to be served again."""
+    quarantine: bool = False
+    """The io process has not been told that the storage I/O of dead ones has ended."""
+    io_died: float | None = None
+    """When the io process before that of now was found dead, of the monotonic clock; None where nobody saw it."""
+    sweeping: bool = False
+    """The io process checks what a dead one left; until it has ended no image of that is served or dropped."""
+    making: set[str] = field(default_factory=set)
+    """Keys of storages that are being opened for snapshots that are not in the catalogue yet."""
+    unheld: set[str] = field(default_factory=set)
+    """Keys of storages in use, some of whose files this process could not open again yet."""

@@ -118,22 +118,56 @@ def create(context: Context, devices: Sequence[DeviceEntry], options: CreateOpti
             raise UsageError("is named twice", subject=naming.block_path(device))
     lasts = lifetime.make(options.ttl, options.while_pid)
     seats = same_device.seats(context, options.specs)
-    with HookRun(context.hooks) as hooks:
+    with HookRun(context.hooks) as hooks, _storage_made(context, devices, options, seats) as making:
         with context.locks.holding({device.key for device in devices} | _beneath(context, options, seats)):
             members = [_present(context, device) for device in devices]
             unit = _common_unit(members)
             _refuse_seats(context, seats)
             for member in members:
                 same_device.refuse_unsettled(context, member)
-            try:
-                entry, warnings = _create(context, members, unit, options, lasts, hooks, seats)
-            except HistoryError as error:
-                raise Failed(str(error)) from None
-            except IoRefused as error:
-                raise Failed(error.strerror or str(error), errno=errno_symbol(error.errno)) from None
-            except OSError as error:
-                raise from_os_error(error, advice=_MORE_ROOM if error.errno in _NO_ROOM else None) from None
+            with _errors():
+                entry, warnings = _create(context, members, unit, options, lasts, hooks, seats, making)
         return entry, [*warnings, *hooks.warnings()]
+
+
+@dataclass
+class _Making:
+    """The storage of its own that a snapshot is to have. `undo` takes it back, unless it is emptied before.
+
+    `made`: None until it is opened; with files on filtered devices that is once these are locked.
+    """
+
+    wanted: StorageEntry
+    undo: ExitStack
+    made: storages.NewStorage | None = None
+
+
+@contextmanager
+def _storage_made(
+    context: Context, devices: Sequence[DeviceEntry], options: CreateOptions, seats: Mapping[str, Seat]
+) -> Iterator[_Making]:
+    """Before any device is locked: the storage may wait for a file system, and a device must not wait for that."""
+    key = str(uuid.uuid4())
+    with ExitStack() as undo:
+        undo.callback(context.making.discard, key)
+        making = _Making(options.storage(key, _common_unit(devices)), ExitStack())
+        undo.callback(quietly, releasing.finish, context, key)
+        undo.enter_context(making.undo)
+        if options.join is None and not seats:
+            with _errors():
+                making.made = _open(context, devices, options, seats, making)
+        yield making
+
+
+def _open(
+    context: Context,
+    members: Sequence[DeviceEntry],
+    options: CreateOptions,
+    seats: Mapping[str, Seat],
+    making: _Making,
+) -> storages.NewStorage:
+    needed = sum(member.size for member in members)
+    return storages.make(context, making.wanted, options.specs, needed=needed, undo=making.undo, seats=seats)
 
 
 def _beneath(context: Context, options: CreateOptions, seats: Mapping[str, Seat]) -> set[str]:
@@ -185,8 +219,9 @@ def _create(
     lasts: Lifetime,
     hooks: HookRun,
     seats: Mapping[str, Seat],
+    making: _Making,
 ) -> tuple[SnapshotEntry, list[str]]:
-    made = None
+    made = making.made
     kept = False
     with ExitStack() as undo:
         entry = SnapshotEntry(
@@ -196,7 +231,7 @@ def _create(
             frozen=False,
             gate_us=0,
             images=[],
-            storage_key=str(uuid.uuid4()),
+            storage_key=making.wanted.key,
             members=[member.key for member in members],
             partitions=options.partitions,
             ttl=lasts.ttl,
@@ -208,9 +243,10 @@ def _create(
         else:
             undo.callback(context.catalogue.remove_snapshot, entry.id)
             context.catalogue.put_snapshot(entry)
-            needed = sum(member.size for member in members)
-            wanted = options.storage(entry.storage_key, unit)
-            made = storages.make(context, wanted, options.specs, needed=needed, undo=undo, seats=seats)
+            if made is None:
+                undo.push(making.undo)
+                made = _open(context, members, options, seats, making)
+            storages.give(context, made, undo)
 
         def keep() -> None:
             """Nothing is undone from here on: what is there is destroyed, here or by `reconcile`."""
@@ -218,6 +254,7 @@ def _create(
             kept = True
             if made is not None:
                 storages.hold(context, made)
+            making.undo.pop_all()
             undo.pop_all()
 
         entry = _prepare(context, entry, members, undo)
@@ -341,22 +378,39 @@ def _start_images(context: Context, entry: SnapshotEntry, members: Sequence[Devi
         list(threads.map(start, entry.images, members))
 
 
-def _start_image(context: Context, image: ImageEntry, served: Served) -> None:
-    message = messages.ServeImage(
-        image=image.key,
+def serve_image_message(key: str, served: Served) -> messages.ServeImage:
+    """What the io process is told to serve an image."""
+    return messages.ServeImage(
+        image=key,
         ublk_id=served.ublk_id,
         depth=served.depth,
         desc_size=served.desc_size,
         flags=served.flags,
         zero_copy=served.zero_copy,
     )
-    context.io.call(message)
-    context.disks.start(served.ublk_id, context.io.pid)
+
+
+def _start_image(context: Context, image: ImageEntry, served: Served) -> None:
+    context.io.call(serve_image_message(image.key, served))
+    context.disks.start(served.ublk_id, context.io.pid, context.io.lost)
 
 
 def _threads(members: Sequence[DeviceEntry]) -> ThreadPoolExecutor:
     """Leaving it waits for all that was begun."""
     return ThreadPoolExecutor(min(len(members), _AT_ONCE), thread_name_prefix="image")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What the reader of a message can make something of."""
+    try:
+        yield
+    except HistoryError as error:
+        raise Failed(str(error)) from None
+    except IoRefused as error:
+        raise Failed(error.strerror or str(error), errno=errno_symbol(error.errno)) from None
+    except OSError as error:
+        raise from_os_error(error, advice=_MORE_ROOM if error.errno in _NO_ROOM else None) from None
 
 
 @contextmanager

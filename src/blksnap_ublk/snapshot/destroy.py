@@ -18,7 +18,7 @@ from blksnap_ublk.snapshot.catalogue import ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 
 _HAND_OVER_LIMIT = 600.0  # seconds in which an image hands to older ones what they need; it comes in portions
-_TRY_LIMIT = 60.0  # the same where others wait for the end of the attempt
+TRY_LIMIT = 60.0  # the same where others wait for the end of the attempt
 _AT_ONCE = 8  # ublk devices that are removed at the same time
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ def destroy(context: Context, snapshot: SnapshotEntry, *, force: bool) -> list[s
     is gone meanwhile, Failed; a snapshot whose removal has begun is removed by the next attempt, or the next start.
     """
     with context.locks.holding(devices_of(context, snapshot)):
-        return destroy_locked(context, snapshot, force=force)
+        warnings = destroy_locked(context, snapshot, force=force)
+    return warnings + releasing.finish(context, snapshot.storage_key)
 
 
 def devices_of(context: Context, snapshot: SnapshotEntry) -> set[str]:
@@ -43,7 +44,11 @@ def devices_of(context: Context, snapshot: SnapshotEntry) -> set[str]:
 def destroy_locked(
     context: Context, snapshot: SnapshotEntry, *, force: bool, limit: float = _HAND_OVER_LIMIT
 ) -> list[str]:
-    """The same for a caller that holds the locks of the devices. `limit`: seconds for an image to leave its device."""
+    """The same for a caller that holds the locks of the devices. `limit`: seconds for an image to leave its device.
+
+    Files of the storage are given back by `releasing.finish`: by the caller once it has let go of the locks, or else by
+    `filling`.
+    """
     entry = context.catalogue.snapshot(snapshot.id)
     if entry is None:
         raise NotFound("no such snapshot", subject=snapshot.id)
@@ -51,6 +56,7 @@ def destroy_locked(
     if entry.lost is not None:
         releasing.refuse_late_writes(context, f"snapshot {entry.id}")
     was_told_of = entry.phase is not Phase.CREATING
+    context.unfinished.add(entry.id)
     entry = msgspec.structs.replace(entry, phase=Phase.DESTROYING)
     context.catalogue.put_snapshot(entry)
     try:
@@ -67,6 +73,7 @@ def destroy_locked(
     for image in entry.images:
         context.state.remove(naming.image_state_name(image))
     warnings += releasing.leave(context, entry)
+    context.unfinished.discard(entry.id)
     context.state.remove(naming.commit_name(entry.id))
     with suppress(OSError):
         context.disks.links.snapshot_gone(entry.id)
@@ -130,7 +137,7 @@ def _release_number(context: Context, image: ImageEntry) -> None:
 def try_destroy(context: Context, entry: SnapshotEntry) -> bool:
     """Removes what is left of a snapshot by force, whatever state it is in; False, and a log line, when that fails."""
     try:
-        destroy_locked(context, entry, force=True, limit=_TRY_LIMIT)
+        destroy_locked(context, entry, force=True, limit=TRY_LIMIT)
     except (OSError, BlksnapError) as error:
         _log.error("snapshot %s: could not be removed: %s", entry.id, error)
         return False

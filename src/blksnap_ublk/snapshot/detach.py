@@ -13,7 +13,7 @@ from blksnap_ublk.errors import BlksnapError, Busy, NotFound, from_os_error
 from blksnap_ublk.host import pagecache
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import destroy, disks, naming, same_device
+from blksnap_ublk.snapshot import destroy, disks, naming, same_device, saved_changes
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
@@ -126,7 +126,7 @@ def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> 
 
     `in_use`: somebody may still have the disk open, and is not waited for. Raises BlksnapError when it is held else.
     """
-    warnings = []
+    warnings: list[str] = []
     try:
         if entry.served is not None and context.disks.state_of(entry.served) is not None:
             context.disks.stop(entry.served.ublk_id)
@@ -140,8 +140,9 @@ def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> 
         pagecache.flush_disk(DeviceNumber(*entry.number))
     except BlksnapError as error:
         warnings.append(f"cached pages of the origin may be stale: {error}")
+    warnings += saved_changes.save(context, entry)
     with suppress(OSError):
-        context.keeper.drop(f"origin:{entry.key}")
+        context.keeper.drop(naming.origin_descriptor_name(entry.key))
     try:
         context.disks.links.origin_released(DeviceNumber(*entry.number))
     except OSError as error:
@@ -163,7 +164,7 @@ def _write_back_and_stop(context: Context, entry: DeviceEntry, *, force: bool) -
         return
     context.catalogue.put_device(msgspec.structs.replace(entry, phase=Phase.DESTROYING))
     try:
-        disks.write_back_and_stop(entry.served.ublk_id, force=force)
+        disks.write_back_and_stop(entry.served.ublk_id, force=force, given_up=context.io.lost)
     except BlksnapError:
         context.catalogue.put_device(msgspec.structs.replace(entry, phase=Phase.ACTIVE))
         raise

@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from blksnap_ublk.ublk.limits import needs_copy, params_of_block_device
 from blksnap_ublk.ublk.negotiation import DataPath, Wish, settle
 
 # `server_flags` of every ublk device of ours: this tag, its mark, a checksum of the runtime directory.
-_TAG = 0xB5AC << 48
-_MARK_SHIFT, _MARK_BITS = 32, 16
+_TAG_SHIFT = 56
+_TAG = 0xB5 << _TAG_SHIFT
+_MARK_SHIFT, _MARK_BITS = 24, 32
 _MARK = (1 << _MARK_BITS) - 1 << _MARK_SHIFT
 IMAGE_DEPTH = 64
 _NODE_LIMIT = 10.0  # seconds for udev or devtmpfs to make a node
@@ -46,34 +48,38 @@ class Disks:
     def __init__(self, control: Control, runtime: Path) -> None:
         """`runtime` is the runtime directory: devices of a daemon with another one are left alone."""
         self._control = control
-        self._tag = _TAG | zlib.crc32(bytes(runtime.absolute()))
+        self._tag = _TAG | zlib.crc32(bytes(runtime.absolute())) >> 8
         self._without_partitions: set[int] = set()
         self._stopping: dict[int, Control] = {}
         self.links = Links(runtime)
 
-    def add_filtered(self, origin: BlockDevice, queues: int, depth: int) -> Served:
-        """Adds the ublk device of a filtered device. Raises OSError, and leaves nothing then."""
-        return self._add(origin, queues, depth, discards=True)
+    def add_filtered(self, key: str, origin: BlockDevice, queues: int, depth: int) -> Served:
+        """Adds the ublk device of the filtered device of that key, which it is marked with: see `filtered`.
+
+        Raises OSError, and leaves nothing then.
+        """
+        return self._add(origin, queues, depth, discards=True, mark=int(key, 16))
 
     def add_image(self, origin: BlockDevice, *, partitions: bool = False) -> Served:
         """Adds the ublk device of an image of `origin`: writable, one queue; the kernel shows its `partitions` or not.
 
         Raises OSError, and leaves nothing then.
         """
-        served = self._add(origin, 1, IMAGE_DEPTH, discards=False)
+        served = self._add(origin, 1, IMAGE_DEPTH, discards=False, mark=secrets.randbits(_MARK_BITS))
         if not partitions:
             self._without_partitions.add(served.ublk_id)
         return served
 
-    def start(self, ublk_id: int, pid: int) -> None:
+    def start(self, ublk_id: int, pid: int, given_up: helper.GivenUp) -> None:
         """Makes the disk of a device whose queues process `pid` has armed; its nodes and links are there then.
 
+        Nobody waits for its partitions any more once `given_up()` says that the process has gone.
         Raises OSError, Failed.
         """
         control_plane.start_device(self._control, ublk_id, pid)
         wait_for_node(f"/dev/ublkb{ublk_id}")
         try:
-            self._show_partitions(ublk_id)
+            self._show_partitions(ublk_id, given_up)
         except OSError as error:
             _log.warning("/dev/ublkb%d: its partitions: %s", ublk_id, error)
         self.links.appear(ublk_id)
@@ -118,6 +124,10 @@ class Disks:
         else:
             control_plane.delete_device(self._control, ublk_id)
 
+    def resize(self, ublk_id: int, size: int) -> None:
+        """Gives a disk another size in bytes. Raises OSError."""
+        self._control.update_size(ublk_id, size)
+
     def state_of(self, served: Served) -> DeviceState | None:
         """The kernel's state of this device; None where it is gone, its id in use again or not. Raises OSError."""
         try:
@@ -150,20 +160,15 @@ class Disks:
         """All ublk devices of ours that exist, those of interrupted attempts included. Raises OSError."""
         return [info for info in self._control.devices() if self._is_ours(info)]
 
-    def delete_dead(self, catalogue: Catalogue) -> list[str]:
-        """Deletes devices of ours that have no disk and that no entry of the catalogue names; their paths.
+    def foreign(self) -> list[DeviceInfo]:
+        """Those of daemons with other runtime directories. Raises OSError."""
+        found = [info for info in self._control.devices() if info.server_flags >> _TAG_SHIFT == _TAG >> _TAG_SHIFT]
+        return [info for info in found if not self._is_ours(info)]
 
-        Not while something is being made. Raises OSError.
-        """
-        found = [info for info in self.ours() if info.state is DeviceState.DEAD]
-        phases = {entry.phase for entry in catalogue.devices()} | {entry.phase for entry in catalogue.snapshots()}
-        if Phase.CREATING in phases:
-            return []
-        known = _disk_names(catalogue)
-        gone = [info for info in found if f"ublkb{info.id}" not in known]
-        for info in gone:
-            self.delete(info.id, in_use=True)
-        return [info.block_path for info in gone]
+    def filtered(self, keys: Iterable[str]) -> dict[str, int]:
+        """The ids of the filtered devices of these keys that wait for a server. Raises OSError."""
+        waiting = {_mark_of(info): info.id for info in self.ours() if info.state is DeviceState.QUIESCED}
+        return {key: waiting[int(key, 16)] for key in keys if int(key, 16) in waiting}
 
     def sweep_links(self, catalogue: Catalogue) -> None:
         """Makes the role files and links agree with the catalogue: after a death of the daemon. Raises OSError."""
@@ -197,23 +202,23 @@ class Disks:
                 raise
         self._stopping.pop(ublk_id).close()
 
-    def _show_partitions(self, ublk_id: int) -> None:
+    def _show_partitions(self, ublk_id: int, given_up: helper.GivenUp) -> None:
         """Where the kernel looks for partitions by itself it has done so by now."""
         wanted = ublk_id not in self._without_partitions
         self._without_partitions.discard(ublk_id)
         asked = Features.NO_AUTO_PART_SCAN in self._control.info(ublk_id).flags
         if wanted and asked:
-            helper.look_for_partitions(ublk_id, timeout=_PARTITIONS_LIMIT)
+            helper.look_for_partitions(ublk_id, timeout=_PARTITIONS_LIMIT, given_up=given_up)
         elif not wanted and not asked and partitions.shown(ublk_id):
-            helper.hide_partitions(ublk_id, timeout=_PARTITIONS_LIMIT)
+            helper.hide_partitions(ublk_id, timeout=_PARTITIONS_LIMIT, given_up=given_up)
 
     def _is_ours(self, info: DeviceInfo) -> bool:
         return info.server_flags & ~_MARK == self._tag
 
-    def _add(self, origin: BlockDevice, queues: int, depth: int, *, discards: bool) -> Served:
+    def _add(self, origin: BlockDevice, queues: int, depth: int, *, discards: bool, mark: int) -> Served:
         # The kernel's own look for partitions comes some time after the start: it is asked to look when that is over.
         wish = Wish(part_scan=False)
-        flags = self._tag | secrets.randbits(_MARK_BITS) << _MARK_SHIFT
+        flags = self._tag | mark << _MARK_SHIFT
         added = control_plane.create_device(self._control, wish, queues=queues, depth=depth, server_flags=flags)
         try:
             data_path = settle(wish, added.flags, target_needs_copy=needs_copy(origin.limits))
@@ -246,13 +251,13 @@ def refuse_used(ublk_id: int) -> None:
         raise Busy(f"in use by {', '.join(found)}", subject=f"/dev/ublkb{ublk_id}", errno="EBUSY", advice=advice)
 
 
-def write_back_and_stop(ublk_id: int, *, force: bool) -> None:
+def write_back_and_stop(ublk_id: int, *, force: bool, given_up: helper.GivenUp) -> None:
     """Removes the disk of a filtered device after writing back what the kernel has cached of it.
 
     Without `force` it raises Busy when the disk is in use, and Failed when writing back fails; the device goes on then.
     """
     try:
-        helper.stop(ublk_id, force=force, timeout=_STOP_LIMIT)
+        helper.stop(ublk_id, force=force, timeout=_STOP_LIMIT, given_up=given_up)
     except OSError as error:
         if error.errno == errno.EBUSY:
             refuse_used(ublk_id)

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import msgspec
 
 from blksnap_ublk.errors import BlksnapError, Failed, NotFound, Unsupported, UsageError
 from blksnap_ublk.forms import SnapshotState
-from blksnap_ublk.snapshot import adopting, naming, releasing, report, storages
+from blksnap_ublk.snapshot import adopting, cutting_back, naming, report, storages
 from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import Spec
-from blksnap_ublk.snapshot.storage import Identity, OpenAreas
+from blksnap_ublk.snapshot.storage import OpenAreas, Planned
 from blksnap_ublk.snapshot.undoing import quietly
 
 _log = logging.getLogger(__name__)
@@ -30,22 +30,29 @@ def add(context: Context, snapshot: SnapshotEntry, specs: Sequence[Spec]) -> Sto
     if not specs:
         raise UsageError("no difference storage is named", advice="name a file, a directory or a block device")
     key = snapshot.storage_key
-    with context.storage_locks.holding(storages.files_of(specs)):
-        former = storages.former_sizes(specs)
-        announced = storages.announced(specs, former)
+    announced: list[AreaEntry] = []
+
+    def announce(planned: Sequence[Planned]) -> None:
+        announced.extend(storages.announced(planned))
         with in_use(context, snapshot) as storage:
             storage = msgspec.structs.replace(storage, announced=[*storage.announced, *announced])
             context.catalogue.put_storage(storage)
+
+    with context.storage_locks.holding(storages.files_of(specs)):
+        with in_use(context, snapshot) as storage:
+            pass
         try:
             with ExitStack() as undo:
                 limit = None if storage.limit is None else max(storage.limit - storage.capacity, 0)
                 needed = sum(image.size for image in snapshot.images)
-                opened = storages.open_areas(context, specs, limit=limit, needed=needed, unit=storage.unit)
+                opened = storages.open_areas(
+                    context, specs, limit=limit, needed=needed, unit=storage.unit, announce=announce
+                )
                 undo.callback(opened.undo)
                 storages.write_areas_ahead(opened)
                 with in_use(context, snapshot) as storage:
                     storage = adopting.settle(context, storage)
-                    areas = storages.area_entries(key, len(storage.areas), specs, opened, former)
+                    areas = storages.area_entries(key, len(storage.areas), specs, opened)
                     _append_all(context, storage, areas, opened, undo)
         finally:
             _forget_announced(context, key, announced)
@@ -123,19 +130,22 @@ def _append_all(
             if n == 0:
                 raise
             undo.pop_all()
-            opened.close()
-            _give_up(context, areas[n:], {storages.identity(area) for area in areas[:n]})
+            _give_up(context, storage, areas[n:], opened)
             raise Failed(f"only {n} of {len(areas)} areas were added: {error}", subject=area.path) from None
     undo.pop_all()
     opened.close()
 
 
-def _give_up(context: Context, areas: Sequence[AreaEntry], kept: Collection[Identity]) -> None:
+def _give_up(context: Context, storage: StorageEntry, areas: Sequence[AreaEntry], opened: OpenAreas) -> None:
     """What was opened for areas that could not be added, but for files that have others."""
-    for area in areas:
-        quietly(context.keeper.drop, area.descriptor)
-    for warning in releasing.restore([area for area in areas if storages.identity(area) not in kept]):
-        _log.warning("%s", warning)
+    with ExitStack() as closing:
+        held = cutting_back.held_files(context, areas, closing)
+        for area in areas:
+            quietly(context.keeper.drop, area.descriptor)
+        opened.close()
+        kept = storages.files_of_others(context, storage.key) | {storages.identity(area) for area in storage.areas}
+        for warning in cutting_back.restore([area for area in areas if storages.identity(area) not in kept], held=held):
+            _log.warning("%s", warning)
 
 
 def _forget_announced(context: Context, key: str, announced: Sequence[AreaEntry]) -> None:

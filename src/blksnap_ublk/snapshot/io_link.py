@@ -18,6 +18,7 @@ from blksnap_ublk.ioproc.client import IoClient, IoRefused
 
 _CALL_LIMIT = 60.0  # seconds; the io process answers at once but for opening /dev/ublkcN and draining writes
 _END_LIMIT = 60.0  # seconds for requests in flight to end
+_CONNECT_AGAIN = 0.02  # seconds between two attempts to reach a new io process
 _START_LIMIT = 60.0  # seconds for a new io process to come up
 
 
@@ -54,7 +55,7 @@ class IoLink:
             except (OSError, Failed) as error:
                 if time.monotonic() > end:
                     raise Failed(f"the io process does not answer: {error}", advice="see the daemon's log") from None
-                time.sleep(0.2)
+                time.sleep(_CONNECT_AGAIN)
         if inventory is None or inventory.version != messages.VERSION:
             raise Failed("the io process is of another version", advice="detach all devices and restart the daemon")
         self._pid = inventory.pid

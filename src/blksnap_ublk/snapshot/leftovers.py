@@ -9,12 +9,12 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 
-from blksnap_ublk.cbt import History
+from blksnap_ublk.cbt import History, HistoryDamaged
 from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import releasing
+from blksnap_ublk.snapshot import attach, map_memory, naming, releasing
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
@@ -22,27 +22,38 @@ from blksnap_ublk.ublk.device_info import DeviceState
 _OF_SNAPSHOT = re.compile(r"(?:image|commit)-(?P<id>[0-9a-f-]{36})(?:\.[0-9]+)?")
 _OF_STORAGE = re.compile(r"(?:storage|records)-(?P<key>[0-9a-f-]{36})(?:\.[0-9]+)?")
 _OF_DEVICE = re.compile(r"device-(?P<key>[0-9a-f]{8})")
-_PORTION = re.compile(r"map-[0-9]+")
+_KEY = re.compile(r"[0-9a-f]{8}")
 _log = logging.getLogger(__name__)
 
 
-def rebuild_devices(context: Context, inventory: messages.Inventory, known: Collection[str]) -> None:
-    """Makes an entry for each device that the io process serves and the catalogue lost, as far as can be known.
+def rebuild_devices(context: Context, inventory: messages.Inventory, known: Collection[str]) -> set[str]:
+    """Makes an entry for each device that the catalogue lost, as far as can be known; the keys of those.
 
-    Its name becomes that of its origin. Each is told in the log.
+    They are those that the io process serves, and those that wait for a server and whose origin the keeper holds. The
+    name of each becomes that of its origin. Each is told in the log.
     """
-    for report in inventory.devices:
-        if report.device in known or not report.serving or report.ublk_id is None:
-            continue
-        if context.catalogue.device(report.device) is not None:  # attached since `known` was looked up
+    found = {
+        report.device: report.ublk_id
+        for report in inventory.devices
+        if report.serving and report.ublk_id is not None
+    }
+    prefix = naming.origin_descriptor_name("")
+    held = (name.removeprefix(prefix) for name in _held_names(context) if name.startswith(prefix))
+    found |= context.disks.filtered(key for key in held if _KEY.fullmatch(key) and key not in known)
+    rebuilt = set()
+    for key, ublk_id in found.items():
+        # One may have been attached since `known` was looked up.
+        if key in known or context.catalogue.device(key) is not None:
             continue
         try:
-            entry = _rebuilt(context, report.device, report.ublk_id)
+            entry = _rebuilt(context, key, ublk_id)
         except (OSError, BlksnapError) as error:
-            _log.error("/dev/ublkb%d is served, but nothing more is known of it: %s", report.ublk_id, error)
+            _log.error("/dev/ublkb%d is ours, but nothing more is known of it: %s", ublk_id, error)
             continue
         context.catalogue.put_device(entry)
-        _log.error("/dev/ublkb%d: its entry was lost; rebuilt from what serves it", report.ublk_id)
+        rebuilt.add(key)
+        _log.error("/dev/ublkb%d: its entry was lost; rebuilt from what is known of it", ublk_id)
+    return rebuilt
 
 
 def remove_unknown(context: Context, keys: Collection[str]) -> None:
@@ -51,9 +62,9 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
     `keys`: the devices whose locks are held; operations on others may be under way and are left alone.
     """
     # What exists is looked up before what is known: what an attach makes meanwhile is known by then.
+    files = context.state.names()
     inventory = context.io.inventory()
     names = _held_names(context)
-    files = context.state.names()
     known_storages = context.catalogue.storages()
     snapshots = {entry.id for entry in context.catalogue.snapshots()}
     _remove_images(context, inventory, snapshots, keys)
@@ -70,18 +81,22 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
     _release_numbers(context, keys)
     devices |= {report.device for report in inventory.devices}
     _remove_descriptors(context, names, storage_keys, devices)
-    _remove_files(context, files, inventory, snapshots | storage_keys, devices)
+    _remove_files(context, files, snapshots | storage_keys, devices)
+    map_memory.remove_unused(context)
 
 
 def _rebuilt(context: Context, key: str, ublk_id: int) -> DeviceEntry:
-    origin = context.keeper.get(f"origin:{key}")
+    origin = context.keeper.get(naming.origin_descriptor_name(key))
     try:
         number = DeviceNumber.of(os.fstat(origin).st_rdev)
     finally:
         os.close(origin)
     block = blockdev.describe_number(number)
     served = context.disks.served_as(ublk_id)
-    history = History.open(context.state.path(f"device-{key}"))
+    size, tracking_block = block.size, max(attach.DEFAULT_TRACKING_BLOCK, block.limits.logical_block)
+    with suppress(HistoryDamaged, OSError):
+        history = History.open(context.state.path(f"device-{key}"))
+        size, tracking_block = history.size, history.tracking_block
     taken = {entry.name for entry in context.catalogue.devices()}
     name = os.path.basename(block.path)
     return DeviceEntry(
@@ -89,10 +104,10 @@ def _rebuilt(context: Context, key: str, ublk_id: int) -> DeviceEntry:
         name=name if name not in taken else f"{name}-{key}",
         origin=block.path,
         number=(number.major, number.minor),
-        size=block.size,
+        size=size,
         block=block.limits.logical_block,
         unit=max(4096, block.limits.logical_block),
-        tracking_block=history.tracking_block,
+        tracking_block=tracking_block,
         phase=Phase.ACTIVE,
         served=served,
     )
@@ -118,13 +133,16 @@ def _remove_images(
 def _release_storages(context: Context, found: Collection[StorageEntry]) -> None:
     """Storages that no snapshot uses, for instance because its entry was damaged: their files are cut back."""
     for storage in found:
+        # What is being opened, or given back, may wait for a file system.
+        if storage.key in context.making or storage.released:
+            continue
         with context.storage_locks.holding([storage.key]):
-            # A snapshot is in the catalogue before its storage, and goes after it.
-            if context.catalogue.storage(storage.key) is None or storage.key in _users(context):
+            current = context.catalogue.storage(storage.key)
+            if current is None or current.released or storage.key in context.making | _users(context):
                 continue
             _log.error("storage %s belongs to no snapshot that is known: released", storage.key)
             try:
-                for warning in releasing.release(context, storage):
+                for warning in releasing.release(context, current):
                     _log.warning("%s", warning)
             except (OSError, BlksnapError) as error:
                 _log.error("storage %s: %s", storage.key, error)
@@ -196,7 +214,6 @@ def _remove_descriptors(
 def _remove_files(
     context: Context,
     files: Collection[str],
-    inventory: messages.Inventory,
     known: Collection[str],
     devices: Collection[str],
 ) -> None:
@@ -208,7 +225,6 @@ def _remove_files(
             (of_snapshot is not None and of_snapshot["id"] not in known)
             or (of_storage is not None and of_storage["key"] not in known)
             or (of_device is not None and of_device["key"] not in devices)
-            or (_PORTION.fullmatch(name) is not None and name not in inventory.portions)
         )
         if unknown:
             context.state.remove(name)

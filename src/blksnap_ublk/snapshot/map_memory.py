@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from blksnap_ublk.errors import Failed
 from blksnap_ublk.ioproc import messages
@@ -17,7 +18,7 @@ AHEAD = 2 * PORTION_BYTES
 
 _RESERVED_SHARE = 8  # one part in so many of the state directory is left to bitmaps and records
 _PREFIX = "map-"
-_giving = threading.Lock()
+_giving = threading.RLock()
 
 
 def ensure(context: Context, *, at_least_one: bool = False, needed: int = 0) -> bool:
@@ -41,13 +42,35 @@ def ensure(context: Context, *, at_least_one: bool = False, needed: int = 0) -> 
     return True
 
 
-def files(context: Context) -> list[str]:
-    """The names of all portions in the state directory."""
-    return [name for name in context.state.names() if name.startswith(_PREFIX)]
+@contextmanager
+def halted() -> Iterator[None]:
+    """While none is given, but by this thread: the portions of a dead io process have to come first."""
+    with _giving:
+        yield
+
+
+def numbers(context: Context) -> list[int]:
+    """The numbers of the portions in the state directory, in order."""
+    names = (name.removeprefix(_PREFIX) for name in context.state.names() if name.startswith(_PREFIX))
+    return sorted(int(number) for number in names if number.isdecimal())
+
+
+def name_of(number: int) -> str:
+    """The state file of a portion."""
+    return f"{_PREFIX}{number}"
+
+
+def remove_unused(context: Context) -> None:
+    """Removes the files of portions that the io process does not have. Raises IoRefused, Failed, OSError."""
+    with _giving:
+        used = set(context.io.inventory().portions)
+        for number in numbers(context):
+            if name_of(number) not in used:
+                context.state.remove(name_of(number))
 
 
 def _give(context: Context, given: list[str]) -> None:
-    name = next(name for n in range(len(given) + 1) if (name := f"{_PREFIX}{n}") not in given)
+    name = next(name for n in range(len(given) + 1) if (name := name_of(n)) not in given)
     with ExitStack() as undo:
         undo.callback(context.state.remove, name)
         descriptor = context.state.create(name, PORTION_BYTES)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from blksnap_ublk.errors import NotFound, UsageError
 from blksnap_ublk.snapshot.catalogue import Catalogue, DeviceEntry, ImageEntry, Phase, SnapshotEntry
 
+IMAGE_PREFIX = "image-"
 _PREFIX = re.compile(r"[0-9a-f-]{4,36}")
 
 
@@ -31,7 +32,12 @@ def only_device(entry: SnapshotEntry) -> str | None:
 
 def image_state_name(image: ImageEntry) -> str:
     """The state file of an image."""
-    return f"image-{image.key}"
+    return f"{IMAGE_PREFIX}{image.key}"
+
+
+def is_image_state(name: str) -> bool:
+    """Whether a state file of that name is that of an image."""
+    return name.startswith(IMAGE_PREFIX)
 
 
 def commit_name(snapshot_id: str) -> str:
@@ -52,6 +58,11 @@ def records_name(key: str, n: int | None) -> str:
 def storage_descriptor_name(key: str, n: int | None) -> str:
     """The same for what the keeper holds."""
     return f"storage:{key}:" + ("" if n is None else str(n))
+
+
+def origin_descriptor_name(key: str) -> str:
+    """The name under which the keeper holds the origin of a device."""
+    return f"origin:{key}"
 
 
 def served_devices(catalogue: Catalogue) -> list[DeviceEntry]:

@@ -1,45 +1,33 @@
 # SPDX-License-Identifier: MIT
 """Making the catalogue, the io process and the kernel agree: at the start, and when the io process was replaced.
 
-A device that is served is never disturbed. What was half done is finished or undone. A device whose io process has died
-is served again, by the io process that is there now, with the same change map; snapshots do not survive that.
+A device that is served is never disturbed. What was half done is finished or undone. Where the io process has died,
+the one that is there now gets all that it left, and devices and images are served again; see `recovery`.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import msgspec
 
-from blksnap_ublk.cbt import History, HistoryDamaged, HistoryError
-from blksnap_ublk.errors import BlksnapError, Failed, from_os_error
-from blksnap_ublk.forms import DeviceState
-from blksnap_ublk.host import claim
+from blksnap_ublk.cbt import HistoryError
+from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import (
-    adopting,
-    attach,
-    destroy,
-    detach,
-    leftovers,
-    naming,
-    releasing,
-    same_device,
-    storages,
-    taking,
-)
+from blksnap_ublk.snapshot import adopting, destroy, detach, leftovers, map_memory, naming, resize, storages
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.recovery import adoption, devices, histories, images, losing, sweeping
 from blksnap_ublk.ublk.device_info import DeviceState as KernelState
 
-_PATIENCE = 5.0  # seconds for the last I/O of a dead io process, before the device is tried again from time to time
-_AT_ONCE = 16  # devices that are recovered at the same time
-_DIED = "the io process that preserved its data has died"
+_SWEEP_FIRST = 0.25  # seconds for a check that makes room for new maps, before room is added and devices are served
+_SWEEP_LIMIT = 1.0  # seconds for a check before images wait for the thread that looks after them
+_AGAIN = 0.1  # seconds between two attempts where the io process dies during the first
+Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
@@ -48,65 +36,113 @@ def reconcile(context: Context) -> None:
 
     Waits for operations under way on any device, and lets none begin on those that it knows.
     """
+    while True:
+        try:
+            _reconcile(context)
+        except (BlksnapError, OSError) as error:
+            if not context.io.pid or not context.io.lost():
+                raise
+            _log.error("the io process has died during recovery: %s", error)
+        if not context.io.lost():
+            return
+        time.sleep(_AGAIN)
+
+
+def go_on(context: Context) -> bool:
+    """What could not be done at once; never waits for long. Whether more of it is to come soon.
+
+    Raises BlksnapError when the io process has gone.
+    """
+    devices.try_again(context)
+    sweeping.look(context)
+    if context.sweeping:
+        return True
+    images.serve_waiting(context)
+    return bool(context.waiting) and not context.conditions
+
+
+def clear_away(context: Context) -> None:
+    """What is left of snapshots that were lost, or whose taking or removal was broken off. May wait."""
+    if context.sweeping:
+        return
+    for snapshot in context.catalogue.snapshots():
+        lost = snapshot.lost is not None and any(each.served for each in snapshot.images)
+        if not lost and snapshot.id not in context.unsettled | context.unfinished:
+            continue
+        with context.locks.trying(destroy.devices_of(context, snapshot)) as held:
+            entry = context.catalogue.snapshot(snapshot.id) if held else None
+            if entry is not None:
+                with suppress(BlksnapError, HistoryError, OSError):
+                    _clear_away(context, entry, limit=destroy.TRY_LIMIT)
+    for key in list(context.unheld):
+        storage = context.catalogue.storage(key)
+        if storage is None:
+            context.unheld.discard(key)
+        elif not context.conditions:
+            with suppress(BlksnapError, OSError), context.storage_locks.holding([key]):
+                adopting.hold_again(context, storage, on_filtered=True)
+                context.unheld.discard(key)
+
+
+def keep_again(context: Context) -> None:
+    """The keeper is another one: gives it what this process holds. Raises OSError."""
+    context.keeper.reconnect()
+    for storage in context.catalogue.storages():
+        if storage.released:
+            continue  # its lock may be held for long
+        with context.storage_locks.holding([storage.key]):
+            current = context.catalogue.storage(storage.key)
+            if current is not None and current.key in context.open_storages:
+                adopting.put_again(context, current.areas)
+
+
+def _reconcile(context: Context) -> None:
     keys = {entry.key for entry in context.catalogue.devices()}
     with context.locks.holding(keys):
-        inventory = context.io.connect()
-        _guarded("rebuilding the catalogue", leftovers.rebuild_devices, context, inventory, keys)
-        keys |= {entry.key for entry in context.catalogue.devices()} & {report.device for report in inventory.devices}
-        devices = [entry for entry in context.catalogue.devices() if entry.key in keys]
-        snapshots = [entry for entry in context.catalogue.snapshots() if destroy.devices_of(context, entry) <= keys]
-        for device in devices:
-            _guarded(device.origin, _open_history, context, device)
+        with map_memory.halted():
+            inventory = context.io.connect()
+            keys |= _guarded("rebuilding the catalogue", leftovers.rebuild_devices, context, inventory, keys) or set()
+            known = [entry for entry in context.catalogue.devices() if entry.key in keys]
+            snapshots = _of(context, keys)
+            histories.open_all(context, known)
+            histories.settle_all(context, snapshots, {report.device for report in inventory.devices})
+            known = resize.settle_all(context, known, {report.device for report in inventory.devices})
+            known = [_kept(context, device, inventory) for device in known]
+            active = [device for device in known if device.phase is Phase.ACTIVE]
+            adoption.adopt(context, active, snapshots, inventory)
+            sweeping.begin(context, snapshots)
+        snapshots = _of(context, keys)
+        if naming.held_snapshots(context.catalogue):
+            sweeping.wait(context, _SWEEP_FIRST)
+            _guarded("map memory", map_memory.ensure, context)
+        devices.serve_all(context, active)
+        for device in active:
+            if device.key not in context.conditions:
+                _guarded(device.origin, resize.tell_kernel, context, device)
+        context.io_died = None
         for snapshot in snapshots:
-            if snapshot.phase is Phase.CREATING:
-                context.unsettled.add(snapshot.id)
-                _guarded(f"snapshot {snapshot.id}", _settle, context, snapshot)
-        devices = [_kept(context, device, inventory) for device in devices]
-        _restore_devices(context, [device for device in devices if device.phase is Phase.ACTIVE], inventory)
-        for snapshot in snapshots:
-            if snapshot.id not in context.unsettled:
-                _guarded(f"snapshot {snapshot.id}", _restore_snapshot, context, snapshot, inventory)
-        for device in devices:
+            if snapshot.id not in context.unsettled and snapshot.phase is Phase.ACTIVE and snapshot.lost is None:
+                _guarded(f"snapshot {snapshot.id}", _restore_snapshot, context, snapshot)
+        sweeping.wait(context, _SWEEP_LIMIT)
+        if not context.sweeping:
+            for snapshot in snapshots:
+                if snapshot.id in context.waiting:
+                    _guarded(f"snapshot {snapshot.id}", images.serve, context, snapshot.id)
+            for snapshot in _of(context, keys):
+                _guarded(f"snapshot {snapshot.id}", _clear_away, context, snapshot)
+        for device in known:
             if device.phase is not Phase.ACTIVE:
                 going = detach.resume if device.phase is Phase.DESTROYING else detach.take_apart
                 _guarded(device.origin, going, context, device)
-        _guarded("removing what is left over", leftovers.remove_unknown, context, keys)
+        if not context.io.lost():
+            _guarded("removing what is left over", leftovers.remove_unknown, context, keys)
         _guarded("making links again", context.disks.sweep_links, context.catalogue)
 
 
-def try_again(context: Context) -> None:
-    """Once more for devices that could not be served again, for instance because their origin did not answer.
-
-    The same for what is left of snapshots that were lost, or whose taking failed half way.
-    """
-    for key in list(context.conditions):
-        with context.locks.holding([key]):
-            device = context.catalogue.device(key)
-            if device is not None and device.phase is Phase.ACTIVE and key in context.conditions:
-                _restore_device(context, device, context.io.inventory(), patience=0)
-    for snapshot in context.catalogue.snapshots():
-        if snapshot.lost is None or (
-            snapshot.phase is Phase.ACTIVE and not any(each.served for each in snapshot.images)
-        ):
-            continue
-        with context.locks.holding(destroy.devices_of(context, snapshot)), suppress(BlksnapError):
-            entry = context.catalogue.snapshot(snapshot.id)
-            if entry is not None and _end_images(context, entry) and entry.phase is not Phase.ACTIVE:
-                destroy.destroy_locked(context, entry, force=True)
-    for snapshot in context.catalogue.snapshots():
-        if snapshot.id not in context.unsettled:
-            continue
-        devices = destroy.devices_of(context, snapshot)
-        with context.locks.holding(devices), suppress(BlksnapError, HistoryError, OSError):
-            if snapshot.id in context.unsettled:  # not destroyed meanwhile
-                _settle(context, snapshot)
-                _restore_snapshot(context, snapshot, context.io.inventory())
-
-
-def _settle(context: Context, snapshot: SnapshotEntry) -> None:
-    """Raises OSError, HistoryError; then nothing else may be done with it, and it is tried again."""
-    taking.settle(context, snapshot)
-    context.unsettled.discard(snapshot.id)
+def _of(context: Context, keys: set[str]) -> list[SnapshotEntry]:
+    """The snapshots of devices of these keys, and of none that is known besides."""
+    others = {entry.key for entry in context.catalogue.devices()} - keys
+    return [entry for entry in context.catalogue.snapshots() if not destroy.devices_of(context, entry) & others]
 
 
 def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) -> DeviceEntry:
@@ -121,162 +157,33 @@ def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) 
     return device
 
 
-def _open_history(context: Context, device: DeviceEntry) -> None:
-    if device.key in context.histories:
-        return
-    directory = context.state.path(f"device-{device.key}")
-    try:
-        history = History.open(directory)
-    except (HistoryDamaged, FileNotFoundError) as error:
-        if device.phase is not Phase.ACTIVE:
+def _restore_snapshot(context: Context, snapshot: SnapshotEntry) -> None:
+    """One that lives: its storage is held by this process too, and its images are served as soon as they can be."""
+    storage = storages.of(context, snapshot)
+    adopting.adopt(context, storage)
+    context.state.remove(naming.commit_name(snapshot.id))
+    if not images.all_served(context, snapshot, context.io.inventory()):
+        context.waiting.add(snapshot.id)
+
+
+def _clear_away(context: Context, snapshot: SnapshotEntry, limit: float = destroy.TRY_LIMIT) -> None:
+    """For a caller that holds the locks of its devices. Raises BlksnapError, OSError, HistoryError."""
+    if snapshot.id in context.unsettled:
+        histories.settle_all(context, [snapshot], {report.device for report in context.io.inventory().devices})
+        if snapshot.id in context.unsettled:
             return
-        _log.error("%s: the change history is damaged (%s): everything counts as changed", device.origin, error)
-        directory.mkdir(mode=0o700, exist_ok=True)
-        last = max(
-            (
-                image.change_number
-                for snapshot in naming.snapshots_of(context.catalogue, device.key)
-                for image in snapshot.images
-            ),
-            default=0,
-        )
-        history = History.create(directory, device.size, device.tracking_block, number=last, reason="damaged")
-    context.histories[device.key] = history
-
-
-def _restore_devices(context: Context, devices: list[DeviceEntry], inventory: messages.Inventory) -> None:
-    """All at once: one whose origin does not answer does not keep the others waiting."""
-    if devices:
-        with ThreadPoolExecutor(min(len(devices), _AT_ONCE), thread_name_prefix="recovery") as threads:
-            list(threads.map(lambda device: _restore_device(context, device, inventory), devices))
-
-
-def _restore_device(
-    context: Context, device: DeviceEntry, inventory: messages.Inventory, patience: float = _PATIENCE
-) -> None:
-    """Leaves a device that is served alone; otherwise lets the io process of now serve it.
-
-    The last I/O of a dead one is waited for `patience` seconds.
-    """
-    report = next((report for report in inventory.devices if report.device == device.key), None)
-    if report is not None and report.serving:
-        context.conditions.pop(device.key, None)
+    if snapshot.lost is None and snapshot.phase is Phase.ACTIVE:
         return
-    path = naming.block_path(device)
-    before = context.conditions.get(device.key)
-    if before is None:
-        context.conditions[device.key] = DeviceState.RECOVERING
-        _log.warning("%s: its io process is gone; recovering", path)
-    try:
-        _recover(context, device, known=report is not None, patience=patience)
-    except TimeoutError as error:
-        if patience:
-            _log.warning("%s: waits, and is tried again: %s", path, error)
-        return
-    except (BlksnapError, OSError, HistoryError) as error:
-        context.conditions[device.key] = DeviceState.FAILED
-        if before is not DeviceState.FAILED:
-            _log.error("%s: cannot be served again, will be tried from time to time: %s", path, error)
-            context.emit("failed", device=path, error=str(error))
-        return
-    context.conditions.pop(device.key, None)
-    context.emit("recovered", device=path)
+    if losing.end_disks(context, snapshot) and snapshot.phase is not Phase.ACTIVE:
+        entry = context.catalogue.snapshot(snapshot.id)
+        if entry is not None:
+            destroy.destroy_locked(context, entry, force=True, limit=limit)
 
 
-def _recover(context: Context, device: DeviceEntry, *, known: bool, patience: float) -> None:
-    served = device.served
-    assert served is not None
-    if context.disks.state_of(served) in (None, KernelState.DEAD):
-        raise Failed("its disk was removed by somebody else", advice="detach it")
-    if known:
-        context.io.end(messages.CloseDevice(device.key))
-    origin = _claimed_origin(context, device)
-    try:
-        attach.open_at_io(context, device, origin)
-    finally:
-        os.close(origin)
-    try:
-        # Its file system may have got blocks back that were storage; what is written to them now must come last.
-        if same_device.storages_beneath(context, device.key) and not releasing.late_writes_end(context, patience):
-            raise TimeoutError(errno.ETIMEDOUT, "writes to storage beneath it have not ended")
-        context.disks.begin_recovery(served.ublk_id, patience)
-        context.io.call(attach.serve_message(device.key, served))
-        context.disks.end_recovery(served.ublk_id, context.io.pid)
-    except BaseException:
-        with suppress(BlksnapError):
-            context.io.end(messages.CloseDevice(device.key))
-        raise
-
-
-def _claimed_origin(context: Context, device: DeviceEntry) -> int:
-    name = f"origin:{device.key}"
-    try:
-        return context.keeper.get(name)
-    except OSError:
-        pass  # the keeper is another one: the claim ended with the former
-    descriptor = claim.open_exclusive(device.origin)
-    try:
-        status = os.fstat(descriptor)
-        if (os.major(status.st_rdev), os.minor(status.st_rdev)) != device.number:
-            text = f"is another device now, not {device.number[0]}:{device.number[1]}"
-            raise from_os_error(OSError(6, text), subject=device.origin)
-        context.keeper.put(name, descriptor)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _restore_snapshot(context: Context, snapshot: SnapshotEntry, inventory: messages.Inventory) -> None:
-    """Keeps a snapshot that lives in the io process; otherwise it is corrupted, and its images end."""
-    died = not any(report.storage == snapshot.storage_key for report in inventory.storages)
-    if snapshot.phase is not Phase.ACTIVE:
-        if died and snapshot.lost is None:
-            # Should the rest of its removal have to wait, it can be seen, and removed by its users.
-            snapshot = msgspec.structs.replace(snapshot, phase=Phase.DESTROYING, lost=_DIED)
-            context.catalogue.put_snapshot(snapshot)
-        if not died or _end_images(context, snapshot):
-            destroy.try_destroy(context, snapshot)
-        return
-    known = {report.image for report in inventory.images if report.taken and report.serving}
-    if all(image.key in known for image in snapshot.images):
-        adopting.adopt(context, storages.of(context, snapshot))
-        context.state.remove(naming.commit_name(snapshot.id))
-        return
-    if snapshot.lost is None:
-        snapshot = msgspec.structs.replace(snapshot, lost=_DIED, broken_at=time.time(), broken_why=_DIED)
-        context.catalogue.put_snapshot(snapshot)
-        context.emit("corrupted", snapshot=snapshot.id, device=naming.only_device(snapshot), error=snapshot.lost)
-    _end_images(context, snapshot)
-
-
-def _end_images(context: Context, snapshot: SnapshotEntry) -> bool:
-    """Removes the disks of a lost snapshot's images; False, and nothing is done, while their last I/O is under way."""
-    served = [image.served for image in snapshot.images if image.served is not None]
-    states = {each.ublk_id: context.disks.state_of(each) for each in served}
-    try:
-        for ublk_id, state in states.items():
-            if state not in (None, KernelState.DEAD):
-                context.disks.begin_recovery(ublk_id, 0)
-    except TimeoutError:
-        return False
-    for ublk_id, state in states.items():
-        if state is not None:
-            context.disks.stop(ublk_id)
-    for image in snapshot.images:
-        context.io.end(messages.FinishImage(image.key))
-        if image.served is not None and states[image.served.ublk_id] is not None:
-            context.disks.delete(image.served.ublk_id, in_use=True)
-    # Their ids are free for other devices.
-    images = [msgspec.structs.replace(image, served=None) for image in snapshot.images]
-    context.catalogue.put_snapshot(msgspec.structs.replace(snapshot, images=images))
-    return True
-
-
-def _guarded(subject: str, function: object, *arguments: object) -> None:
+def _guarded(subject: str, function: Callable[..., Result], *arguments: object) -> Result | None:
     """One thing that cannot be put right must not keep the others from being so."""
-    assert callable(function)
     try:
-        function(*arguments)
+        return function(*arguments)
     except (BlksnapError, HistoryError, OSError) as error:
         _log.error("%s: %s", subject, error)
+        return None

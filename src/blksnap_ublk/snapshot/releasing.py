@@ -6,26 +6,28 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 
-from blksnap_ublk.errors import Busy
-from blksnap_ublk.host.number import DeviceNumber
+import msgspec
+
+from blksnap_ublk.errors import Busy, Failed
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.keeper.ring_locks import RingLocks
-from blksnap_ublk.snapshot import host_view, naming, same_device, storages
-from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEntry
+from blksnap_ublk.snapshot import cutting_back, naming, same_device, storages
+from blksnap_ublk.snapshot.catalogue import SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.storage import wiping
 
+_WIPE = 64 << 20  # bytes that are wiped before anybody looks up
 _LATE_WRITES_LIMIT = 1.0  # seconds for the storage to end what a dead io process has sent it
 
 
 def leave(context: Context, snapshot: SnapshotEntry) -> list[str]:
     """Takes a snapshot, whose images the io process has dropped, out of the catalogue, and with the last one of its
-    storage the storage: its files are closed, and cut back where they were made longer for it.
+    storage the storage from the io process.
 
-    Returns what could not be done, in words. Raises Failed; it may be called again then.
+    For a caller that holds the locks of the devices. What is left to do, and may wait for other file systems, is for
+    `finish`. Returns what could not be done, in words. Raises Failed, OSError; it may be called again then.
     """
     key = snapshot.storage_key
     with context.storage_locks.holding([key]):
@@ -38,22 +40,43 @@ def leave(context: Context, snapshot: SnapshotEntry) -> list[str]:
 
 def release(context: Context, storage: StorageEntry) -> list[str]:
     """Ends a storage that no snapshot uses, for a caller that holds its lock; as `leave`."""
-    context.io.end(messages.CloseStorage(storage.key))
-    warnings: list[str] = []
-    if same_device.devices_beneath(storage):
+    if not storage.released:
+        context.io.end(messages.CloseStorage(storage.key))
         refuse_late_writes(context, storage.areas[0].path if storage.areas else "the storage")
+    if same_device.devices_beneath(storage):
+        # It needs the locks of these devices, and helper processes do what may wait.
+        return _give_back(context, storage)
+    context.catalogue.put_storage(msgspec.structs.replace(storage, released=True))
+    return []
+
+
+def finish(context: Context, key: str) -> list[str]:
+    """Wipes, closes and cuts back the files of a storage that was released; what could not be done, in words.
+
+    For a caller without locks of devices: it may wait for file systems. Raises OSError.
+    """
+    with context.storage_locks.holding([key]):
+        storage = context.catalogue.storage(key)
+        return _give_back(context, storage) if storage is not None and storage.released else []
+
+
+def _give_back(context: Context, storage: StorageEntry) -> list[str]:
+    warnings: list[str] = []
     if storage.wipe:
         warnings += _wipe(context, storage)
     files = [storages.identity(area) for area in storage.areas]
     storage = same_device.end(context, storage)
-    with ExitStack() as closing:
-        warnings += same_device.give_back(context, storage, closing)
-        storages.forget(context, storage)
-        if storage.key in context.open_storages:
-            context.open_storages.discard(storage.key)
-            for file in files:
-                context.registry.release(file)
-    warnings += restore([area for area in (*storage.areas, *storage.announced) if area.beneath is None])
+    through = [area for area in (*storage.areas, *storage.announced) if area.beneath is None]
+    with ExitStack() as cutting:
+        held = cutting_back.held_files(context, through, cutting)
+        with ExitStack() as closing:
+            warnings += same_device.give_back(context, storage, closing)
+            storages.forget(context, storage)
+            if storage.key in context.open_storages:
+                context.open_storages.discard(storage.key)
+                for file in files:
+                    context.registry.release(file)
+        warnings += cutting_back.restore(through, storages.files_of_others(context, storage.key), held)
     context.catalogue.remove_storage(storage.key)
     return warnings
 
@@ -77,28 +100,20 @@ def _wipe(context: Context, storage: StorageEntry) -> list[str]:
                 warnings.append(f"{area.path}: was not wiped: {error}")
         if not in_place.get(area.descriptor, True):
             continue
-        name = area.descriptor if area.beneath is None else f"origin:{area.beneath}"
+        name = area.descriptor if area.beneath is None else naming.origin_descriptor_name(area.beneath)
         start = area.offset if area.physical is None else area.physical
         try:
             descriptor = context.keeper.get(name)
             try:
-                wiping.wipe(descriptor, [(start, length)])
+                for begin in range(start, start + length, _WIPE):
+                    if context.io.lost():  # devices wait for the locks that are held here
+                        text = "wiping was broken off, because the io process has died"
+                        raise Failed(text, subject=area.path, advice="it is done again")
+                    wiping.wipe(descriptor, [(begin, min(_WIPE, start + length - begin))])
             finally:
                 os.close(descriptor)
         except OSError as error:
             warnings.append(f"{area.path}: could not be wiped: {error.strerror or error}")
-    return list(dict.fromkeys(warnings))
-
-
-def restore(areas: Sequence[AreaEntry]) -> list[str]:
-    """Cuts files back that were made longer, and removes those that were made; what could not be done, in words."""
-    warnings = []
-    for area in areas:
-        if area.former_size is not None:
-            try:
-                _restore(area)
-            except OSError as error:
-                warnings.append(f"{area.path}: could not be cut back to its former size: {error.strerror}")
     return list(dict.fromkeys(warnings))
 
 
@@ -116,28 +131,8 @@ def late_writes_end(context: Context, seconds: float) -> bool:
     """Whether all writes to storage of io processes that have died are done, at the latest after so many seconds."""
     locks = RingLocks(context.state.directory)
     end = time.monotonic() + seconds
-    while len(locks.held()) > 1:  # one is that of the io process of now
+    while locks.of_dead():
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
     return True
-
-
-def _restore(area: AreaEntry) -> None:
-    """Only if the path still leads to the same file."""
-    assert area.former_size is not None
-    path = host_view.find(area.path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        status = os.fstat(descriptor)
-        device = DeviceNumber.of(status.st_dev)
-        if ((device.major, device.minor), status.st_ino) != (area.filesystem, area.inode):
-            return
-        if area.former_size < 0:
-            os.unlink(path)
-        elif status.st_size > area.former_size:
-            os.ftruncate(descriptor, area.former_size)
-    except FileNotFoundError:
-        pass
-    finally:
-        os.close(descriptor)

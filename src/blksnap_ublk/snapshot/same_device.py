@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 import msgspec
 
 from blksnap_ublk.errors import BlksnapError, Busy, Failed, Unsupported, UsageError, errno_symbol
-from blksnap_ublk.host import blockdev, stack
+from blksnap_ublk.host import blockdev, mounts, stack
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoRefused
@@ -208,7 +208,9 @@ def end(context: Context, storage: StorageEntry) -> StorageEntry:
         return storage
     mark(context, seated)
     files = [
-        msgspec.structs.replace(own[0], offset=0, length=0, physical=None, former_size=_former_size(own))
+        msgspec.structs.replace(
+            own[0], offset=0, length=0, physical=None, former_size=_former_size(own), longest=_longest(own)
+        )
         for own in _by_file(seated).values()
     ]
     rest = [area for area in storage.areas if area.beneath is None]
@@ -230,7 +232,9 @@ def give_back(context: Context, storage: StorageEntry, closing: ExitStack) -> li
             descriptor = context.keeper.get(area.descriptor) if area.descriptor else None
         try:
             path = host_view.find(area.path)
-            given = closing.enter_context(GivingBack(path, file, descriptor, _former_size(own), context.io.lost))
+            given = closing.enter_context(
+                GivingBack(path, file, descriptor, _former_size(own), _longest(own), context.io.lost)
+            )
         finally:
             if descriptor is not None:
                 os.close(descriptor)
@@ -241,6 +245,10 @@ def give_back(context: Context, storage: StorageEntry, closing: ExitStack) -> li
 
 def _former_size(areas: Sequence[AreaEntry]) -> int | None:
     return next((area.former_size for area in areas if area.former_size is not None), None)
+
+
+def _longest(areas: Sequence[AreaEntry]) -> int:
+    return max(area.longest for area in areas)
 
 
 def _by_file(areas: Sequence[AreaEntry]) -> dict[Identity, list[AreaEntry]]:
@@ -257,19 +265,20 @@ def refuse_origin_of_storage(context: Context, number: DeviceNumber, path: str) 
         for area in storage.areas:
             if area.beneath is None and _lies_on(area, number):
                 users = [entry.id for entry in naming.snapshots_in(context.catalogue, storage.key)]
-                text = f"holds the difference storage of snapshot {', '.join(users)} ({area.path})"
+                whose = f"of snapshot {', '.join(users)}" if users else "that is being given back"
+                text = f"holds the difference storage {whose} ({area.path})"
                 raise Busy(text, subject=path, errno="EBUSY", advice="destroy it first, or attach another device")
 
 
 def _lies_on(area: AreaEntry, number: DeviceNumber) -> bool:
     holder = DeviceNumber(*area.filesystem)
-    if not holder.major:
-        return False
     try:
-        beneath = stack.underlying_devices(holder) | {holder}
-        if number in beneath:
+        if area.inode and (holder, area.inode) in stack.files_beneath(number):
             return True
-        return not area.inode and holder in stack.underlying_devices(number)
+        if not area.inode and holder in stack.underlying_devices(number):
+            return True
+        holders = {holder, *mounts.beside(holder)} if area.inode else {holder}
+        return any(number in stack.underlying_devices(each) | {each} for each in holders if each.major)
     except BlksnapError:
         return False
 

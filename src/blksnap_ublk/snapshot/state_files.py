@@ -31,7 +31,8 @@ _STORAGE = struct.Struct("<IIIIQQQII16x")
 _AREAS_MAX = 4096
 # magic, version, size, unit, serial, status, error, preserved, directory_entries, written
 _IMAGE = struct.Struct("<IIQIIIiQQQII")
-_IMAGE_HEADER = 4096
+IMAGE_HEADER = 4096
+"""Bytes before the maps in an image state file."""
 _TABLE_UNITS = 64 * 1024
 
 
@@ -76,7 +77,7 @@ def image_state_bytes(size: int, unit: int) -> int:
     """Length of the image state file of a device of `size` bytes."""
     units = -(-size // unit)
     directory = -(-units // _TABLE_UNITS)
-    return _pages(_IMAGE_HEADER + 2 * 4 * directory)
+    return _pages(IMAGE_HEADER + 2 * 4 * directory)
 
 
 def records_bytes(length: int, unit: int) -> int:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
@@ -22,10 +21,10 @@ from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEnt
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.state_files import PAGE, records_bytes, storage_state_bytes
-from blksnap_ublk.snapshot.storage import AreaKind, Identity, OpenAreas, UsedRange, open_storage
+from blksnap_ublk.snapshot.storage import AreaKind, Identity, OpenAreas, Planned, UsedRange, open_storage
 from blksnap_ublk.snapshot.storage.behaviour import Facts, decide
 from blksnap_ublk.snapshot.storage.beneath import Seat
-from blksnap_ublk.snapshot.storage.files import write_ahead
+from blksnap_ublk.snapshot.storage.files import unwritten, write_ahead
 from blksnap_ublk.snapshot.undoing import quietly
 
 WRITE_AHEAD = 128 << 20
@@ -52,22 +51,30 @@ def make(
     undo: ExitStack,
     seats: Mapping[str, Seat] = MappingProxyType({}),
 ) -> NewStorage:
-    """Opens what the user named and makes it known to the keeper and the io process. `needed` in bytes.
+    """Opens what the user named and gives it space, which may take long and wait for file systems. `needed` in bytes.
 
-    `wanted` is what is known of it so far: all but its areas. `seats`: those paths that lie on filtered devices, whose
-    locks the caller holds. The caller ends with `hold`. Raises BlksnapError, IoRefused, OSError; `undo` then takes
-    everything back.
+    So it is for a caller that holds no locks of devices, but with `seats`, those paths that lie on filtered devices:
+    then it is for one that holds their locks. `wanted` is what is known of the storage so far: all but its areas.
+    `Context.making` has its key until the caller takes that away, once a snapshot uses it. Then come `give` and `hold`.
+    Raises BlksnapError, OSError; `undo` then takes everything back.
     """
+
+    def announce(planned: Sequence[Planned]) -> None:
+        context.catalogue.put_storage(msgspec.structs.replace(wanted, announced=announced(planned)))
+
     with context.storage_locks.holding(files_of(specs)):
-        former = former_sizes(specs)
+        context.making.add(wanted.key)
+        undo.callback(context.making.discard, wanted.key)
         undo.callback(context.catalogue.remove_storage, wanted.key)
-        context.catalogue.put_storage(msgspec.structs.replace(wanted, announced=announced(specs, former, seats)))
-        opened = open_areas(context, specs, limit=wanted.limit, needed=needed, unit=wanted.unit, seats=seats)
+        context.catalogue.put_storage(wanted)
+        opened = open_areas(
+            context, specs, limit=wanted.limit, needed=needed, unit=wanted.unit, seats=seats, announce=announce
+        )
         undo.callback(opened.undo)
-        areas = area_entries(wanted.key, 0, specs, opened, former)
+        areas = area_entries(wanted.key, 0, specs, opened)
         entry = msgspec.structs.replace(wanted, areas=areas)
         context.catalogue.put_storage(entry)
-    _give(context, entry, opened, undo)
+    write_areas_ahead(opened)
     return NewStorage(entry, opened)
 
 
@@ -146,8 +153,10 @@ def open_areas(
     limit: int | None,
     needed: int,
     unit: int,
+    announce: Callable[[Sequence[Planned]], None],
     seats: Mapping[str, Seat] = MappingProxyType({}),
 ) -> OpenAreas:
+    """As `open_storage`, with all that is known here of what it must not touch. Raises BlksnapError, OSError."""
     try:
         return open_storage(
             [replace(spec, path=host_view.find(spec.path)) for spec in specs],
@@ -159,62 +168,66 @@ def open_areas(
             unit=unit,
             seats={host_view.find(path): seat for path, seat in seats.items()},
             given_up=context.io.lost,
+            announce=announce,
         )
     except BlksnapError as error:
         raise type(error)(host_view.name(error.message)) from None
 
 
-def former_sizes(specs: Sequence[Spec]) -> dict[str, int]:
-    """The sizes of the files that are named; -1 for one that does not exist yet."""
-    found = {}
-    for spec in specs:
-        try:
-            found[spec.path] = Path(host_view.find(spec.path)).stat().st_size
-        except OSError:
-            found[spec.path] = -1
-    return found
+def announced(planned: Sequence[Planned]) -> list[AreaEntry]:
+    """What the catalogue says before files are changed: they are as before again should this process die soon."""
+    return [
+        AreaEntry(
+            path=host_view.name(file.path),
+            descriptor="",
+            filesystem=(file.identity.device.major, file.identity.device.minor),
+            inode=file.identity.inode,
+            offset=0,
+            length=0,
+            former_size=file.former_size,
+            beneath=file.beneath,
+            longest=file.size,
+        )
+        for file in {file.identity: file for file in planned}.values()
+    ]
 
 
-def announced(
-    specs: Sequence[Spec], former: dict[str, int], seats: Mapping[str, Seat] = MappingProxyType({})
-) -> list[AreaEntry]:
-    """What the catalogue says before anything is opened: which files may be made longer.
-
-    So they are cut back should this process die before there is more to say.
-    """
-    areas = []
-    for path in dict.fromkeys(spec.path for spec in specs if former[spec.path] >= 0):
-        with suppress(OSError):
-            status = os.stat(host_view.find(path))
-            if stat.S_ISREG(status.st_mode):
-                device = DeviceNumber.of(status.st_dev)
-                number = (device.major, device.minor)
-                beneath = seats[path].device if path in seats else None
-                areas.append(
-                    AreaEntry(path, "", number, status.st_ino, 0, 0, former_size=former[path], beneath=beneath)
-                )
-    return areas
+def files_of_others(context: Context, key: str) -> set[Identity]:
+    """The files of all storages but that of this key."""
+    return {
+        identity(area)
+        for storage in context.catalogue.storages()
+        if storage.key != key
+        for area in (*storage.areas, *storage.announced)
+    }
 
 
 def write_areas_ahead(opened: OpenAreas) -> None:
-    """The first bytes of new areas. Raises OSError."""
+    """The first bytes of new areas that were never written. Raises OSError."""
     ahead = WRITE_AHEAD
     for area in opened.areas:
-        if not area.written:
-            length = min(area.length, ahead) // area.alignment * area.alignment
-            write_ahead(area.fd, area.start_byte, length)
-            ahead -= length
+        if area.written:
+            continue
+        # Data that lies in the file must still be there should the storage not come about.
+        for start, length in unwritten(area.fd, area.start_byte, area.length, area.alignment):
+            now = min(length, ahead) // area.alignment * area.alignment
+            if now:
+                write_ahead(area.fd, start, now)
+            ahead -= now
 
 
-def _give(context: Context, storage: StorageEntry, opened: OpenAreas, undo: ExitStack) -> None:
-    """Puts the descriptors with the keeper and makes the storage known to the io process."""
+def give(context: Context, made: NewStorage, undo: ExitStack) -> None:
+    """Puts the descriptors with the keeper and makes the storage known to the io process.
+
+    Raises BlksnapError, IoRefused, OSError; `undo` then takes that back.
+    """
+    storage, opened = made.entry, made.opened
     undo.callback(quietly, drop, context, storage)
     held = {entry.descriptor: area.fd for entry, area in zip(storage.areas, opened.areas, strict=True)}
     for name, descriptor in held.items():
         context.keeper.put(name, descriptor)
     opened.keep()
     same_device.mark(context, storage.areas)
-    write_areas_ahead(opened)
     state = context.state.create(naming.storage_state_name(storage.key), storage_state_bytes())
     try:
         context.io.call(messages.OpenStorage(storage.key, storage.unit), [state])
@@ -226,9 +239,16 @@ def _give(context: Context, storage: StorageEntry, opened: OpenAreas, undo: Exit
             give_area(context, storage, n, area.fd, records)
         finally:
             os.close(records)
+    tell_behaviour(context, storage, used=0)
+
+
+def tell_behaviour(context: Context, storage: StorageEntry, used: int) -> None:
+    """What the io process is to do when it gets full; `used` in bytes. Raises IoRefused, Failed."""
     room = (_UNLIMITED if storage.limit is None else storage.limit - storage.capacity) if grows(storage) else 0
     policy = overflow.parse(storage.on_overflow)
-    decision = decide(Facts(unit=storage.unit, capacity=storage.capacity, used=0, room=room, on_overflow=policy))
+    used = min(used, storage.capacity)
+    facts = Facts(storage.unit, storage.capacity, used, room, policy, rest=storage.limit is not None)
+    decision = decide(facts)
     rate = storage.copy_rate or 0
     context.io.call(messages.SetStorage(storage.key, wait_ms=decision.wait_ms, low=decision.low, rate=rate))
 
@@ -247,12 +267,14 @@ def give_area(context: Context, storage: StorageEntry, n: int, descriptor: int, 
     """
     area = storage.areas[n]
     if area.beneath is None:
-        context.io.call(messages.AddArea(storage.key, area.offset, area.length), [descriptor, records])
+        message = messages.AddArea(storage.key, area.offset, area.length, held=area.descriptor)
+        context.io.call(message, [descriptor, records])
         return
     assert area.physical is not None
-    origin = context.keeper.get(f"origin:{area.beneath}")
+    name = naming.origin_descriptor_name(area.beneath)
+    origin = context.keeper.get(name)
     try:
-        message = messages.AddArea(storage.key, area.physical, area.length, area.beneath)
+        message = messages.AddArea(storage.key, area.physical, area.length, area.beneath, held=name)
         context.io.call(message, [origin, records])
     finally:
         os.close(origin)
@@ -281,9 +303,7 @@ def identity(area: AreaEntry) -> Identity:
     return Identity(DeviceNumber(*area.filesystem), area.inode)
 
 
-def area_entries(
-    key: str, first: int, specs: Sequence[Spec], opened: OpenAreas, former: dict[str, int]
-) -> list[AreaEntry]:
+def area_entries(key: str, first: int, specs: Sequence[Spec], opened: OpenAreas) -> list[AreaEntry]:
     """What the catalogue says of opened areas, of which the first is number `first` of the storage."""
     wholes = {spec.path for spec in specs if spec.ranges is None}
     found = []
@@ -294,8 +314,8 @@ def area_entries(
         name = naming.storage_descriptor_name(key, n)
         if area.beneath is not None:  # a file lies there in many pieces
             name = names.setdefault(area.identity, name)
-        before = former.get(path) if area.kind is AreaKind.FILE else None
-        longer = before is not None and (grows or os.fstat(area.fd).st_size > before)
+        size = os.fstat(area.fd).st_size if area.former_size is not None else 0
+        longer = area.former_size is not None and (grows or size > area.former_size)
         found.append(
             AreaEntry(
                 path=path,
@@ -304,10 +324,11 @@ def area_entries(
                 inode=area.identity.inode,
                 offset=area.start_byte,
                 length=area.length,
-                former_size=before if longer else None,
+                former_size=area.former_size if longer else None,
                 beneath=area.beneath,
                 physical=area.physical,
                 grows=grows,
+                longest=size if longer else 0,
             )
         )
     return found

@@ -25,6 +25,7 @@ from blksnap_ublk.snapshot.freeze_order import FileSystem
 
 GATE_LIMIT_MS = 2000
 _ROOM_LIMIT = 5.0  # seconds that writes which wait for room in a storage are waited for, nothing being frozen yet
+_COMMIT = {struct.pack("<I", 0): False, struct.pack("<I", 1): True}
 _GROWTH_LIMIT = 2.0  # seconds that a file which is being made longer is waited for
 
 
@@ -112,12 +113,9 @@ def settle(context: Context, snapshot: SnapshotEntry) -> None:
     Until then no other snapshot of its devices may be taken: their writes may be marked in the prepared bitmaps
     already. Raises OSError, HistoryError.
     """
-    try:
-        descriptor = context.state.open(naming.commit_name(snapshot.id))
-    except FileNotFoundError:
+    taken = instant_came(context, snapshot)
+    if taken is None:
         return
-    with os.fdopen(descriptor, "rb") as file:
-        taken = struct.unpack("<I", file.read(4))[0] == 1
     for image in snapshot.images:
         history = context.histories.get(image.device)
         if history is None or history.prepared is None or history.number + 1 != image.change_number:
@@ -126,6 +124,22 @@ def settle(context: Context, snapshot: SnapshotEntry) -> None:
             history.commit(image.change_number)
         else:
             history.abort()
+
+
+def instant_came(context: Context, snapshot: SnapshotEntry) -> bool | None:
+    """What the commit file of a snapshot says; None where it has none: before all, and once its images exist.
+
+    Raises OSError, EBADMSG for one that says neither.
+    """
+    try:
+        descriptor = context.state.open(naming.commit_name(snapshot.id))
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        word = file.read(4)
+    if word not in _COMMIT:
+        raise OSError(errno.EBADMSG, "its commit file is damaged")
+    return _COMMIT[word]
 
 
 def _file_systems(context: Context, members: Sequence[DeviceEntry]) -> list[FileSystem]:

@@ -12,10 +12,21 @@ import errno
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 _PROGRAM = "blksnap_ublk.ublk.helper_process"
 START_MARGIN = 30.0
 """Seconds that the helper may take beyond the limit of its command, for its own start and for writing back."""
+
+GivenUp = Callable[[], bool]
+"""Asked from time to time: whether there is no server any more, so that the helper is not waited for."""
+
+_LOOK = 0.25  # seconds between two questions
+
+
+def _never() -> bool:
+    return False
 
 
 def start(device_id: int, pid: int, *, timeout: float) -> None:
@@ -33,22 +44,22 @@ def quiesce(device_id: int, *, timeout: float) -> None:
     _run(["quiesce", str(device_id), str(timeout)], timeout)
 
 
-def look_for_partitions(device_id: int, *, timeout: float) -> None:
+def look_for_partitions(device_id: int, *, timeout: float, given_up: GivenUp = _never) -> None:
     """`partitions.look` in a helper. Raises OSError as it does, TimeoutError."""
-    _run(["look-for-partitions", str(device_id)], timeout)
+    _run(["look-for-partitions", str(device_id)], timeout, given_up)
 
 
-def hide_partitions(device_id: int, *, timeout: float) -> None:
+def hide_partitions(device_id: int, *, timeout: float, given_up: GivenUp = _never) -> None:
     """`partitions.hide` in a helper. Raises OSError as it does, TimeoutError."""
-    _run(["hide-partitions", str(device_id)], timeout)
+    _run(["hide-partitions", str(device_id)], timeout, given_up)
 
 
-def stop(device_id: int, *, force: bool, timeout: float) -> None:
+def stop(device_id: int, *, force: bool, timeout: float, given_up: GivenUp = _never) -> None:
     """`stop_device` in a helper; raises OSError as it does, TimeoutError also when writing back takes too long."""
-    _run(["force-stop" if force else "stop", str(device_id), str(timeout)], timeout)
+    _run(["force-stop" if force else "stop", str(device_id), str(timeout)], timeout, given_up)
 
 
-def _run(arguments: list[str], timeout: float) -> None:
+def _run(arguments: list[str], timeout: float, given_up: GivenUp = _never) -> None:
     # A session of its own: Ctrl-C ends the server in an orderly way, for which it needs its helper.
     process = subprocess.Popen(
         [sys.executable, "-m", _PROGRAM, *arguments],
@@ -59,7 +70,7 @@ def _run(arguments: list[str], timeout: float) -> None:
     )
     assert process.stdout is not None
     try:
-        answer, _ = process.communicate(timeout=timeout + START_MARGIN)
+        answer = _answer(process, timeout + START_MARGIN, given_up)
     except BaseException as error:
         process.kill()
         process.stdout.close()
@@ -74,3 +85,14 @@ def _run(arguments: list[str], timeout: float) -> None:
         raise OSError(errno.EIO, f"the helper for {arguments[0]} ended with status {process.returncode}") from None
     if result is not None:
         raise OSError(result["errno"], result["text"])
+
+
+def _answer(process: subprocess.Popen[str], timeout: float, given_up: GivenUp) -> str:
+    """Raises subprocess.TimeoutExpired, at once when nothing can come of it any more."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return process.communicate(timeout=_LOOK)[0]
+        except subprocess.TimeoutExpired:
+            if given_up() or time.monotonic() > end:
+                raise

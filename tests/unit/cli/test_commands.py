@@ -41,6 +41,25 @@ def test_attach_with_options(shell: Shell) -> None:
     )
 
 
+def test_attach_with_a_vouch(shell: Shell) -> None:
+    shell.good("attach /dev/sdb")
+    shell.good("attach /dev/sdc --trust-offline")
+    assert shell.service.trusted == [False, True]
+
+
+def test_resize(shell: Shell) -> None:
+    """What has changed is said to people only; the same size is no failure."""
+    size = msgspec.convert(shell.good("attach /dev/sdb --json").json, forms.Device).size
+    outcome = shell("resize sdb")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert f"has {2 * size} bytes now, {size} before" in outcome.err
+    outcome = shell("resize /dev/ublkb0 --json")
+    assert outcome.code == 0
+    assert msgspec.convert(outcome.json, forms.Resized).former_size == 2 * size
+    assert "already" in outcome.err
+    assert shell("resize /dev/nothing").code == 3
+
+
 def test_list(shell: Shell) -> None:
     assert shell.good("list --json").json == {"devices": []}
     shell.good("attach /dev/sdb")

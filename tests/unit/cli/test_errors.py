@@ -120,6 +120,8 @@ def test_what_cannot_be_trusted(taken: Shell) -> None:
         ("changes mark sdb --range 2T+1", "changes mark: sdb: a range lies outside of the device"),
         ("events --since -1", "events: invalid value for '--since'"),
         ("serve --foreground --stop", "serve: --foreground and --stop exclude one another"),
+        ("serve --takeover --stop", "serve: --takeover and --stop exclude one another"),
+        ("serve --json", "serve: --json needs --takeover"),
         ("serve --hooks /tmp --stop", "serve: --hooks and --stop exclude one another"),
         ("serve --hooks /nowhere", "serve: --hooks /nowhere: not a directory"),
     ],

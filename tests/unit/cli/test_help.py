@@ -17,7 +17,7 @@ def commands(command: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str,
         yield from commands(inner, (*path, name))
 
 
-WITHOUT_JSON = {("snapshot",), ("storage",), ("changes",), ("serve",), ("install",), ("uninstall",)}
+WITHOUT_JSON = {("snapshot",), ("storage",), ("changes",), ("install",), ("uninstall",)}
 ALL = list(commands(get_command(app)))
 
 
@@ -26,6 +26,7 @@ def test_the_commands_of_the_contract() -> None:
         "",
         "attach",
         "detach",
+        "resize",
         "list",
         "snapshot",
         "snapshot create",

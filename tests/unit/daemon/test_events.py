@@ -208,6 +208,34 @@ def test_events_that_only_a_dead_process_knew_are_told_to_be_lost(
     assert numbers(third.after(other.seq)) == [other.seq + 1, other.seq + 2]
 
 
+def test_no_number_twice_however_often_it_starts_while_the_state_directory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "events"
+    log = EventLog(path)
+    log.emit("one")
+    with Full(monkeypatch):
+        log.emit("in memory")
+        second = EventLog(path)
+        for _ in range(5):
+            second.emit("second")
+        heard = second.after(None)[-1].seq
+        third = EventLog(path)
+        for _ in range(8):
+            third.emit("third")
+    assert [event.type for event in third.after(heard)] == ["lost"] + ["third"] * 8
+    assert third.after(heard)[0].data["first"] == heard + 1
+
+
+def test_a_forecast_counts_what_is_taken_and_not_what_is_given_back() -> None:
+    forecasts = Forecasts()
+    for used in (0, 50, 20, 60):
+        forecasts.read("s", used)
+    assert forecasts.seconds_left("s", 60, 100) is not None
+    forecasts.read("s", 0)
+    assert forecasts.seconds_left("s", 0, 100) is not None
+
+
 def test_a_storage_that_does_not_fill_has_no_forecast() -> None:
     forecasts = Forecasts()
     assert forecasts.seconds_left("s", 0, 100) is None

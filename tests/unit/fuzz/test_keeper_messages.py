@@ -18,7 +18,7 @@ from blksnap_ublk.keeper.runtime import RuntimePaths
 from tests.unit.fuzz.datagrams import payloads
 from tests.unit.fuzz.descriptors import KINDS, descriptors
 from tests.unit.fuzz.raw_call import connect, raw_call
-from tests.unit.keeper.test_keeper import Running
+from tests.unit.keeper.running import Running
 
 names = st.sampled_from(["a", "origin:b", "", "x" * 255, "x" * 256, "ä\n\0"]) | st.text(max_size=8)
 message_strategy: st.SearchStrategy[messages.Message] = st.one_of(
@@ -38,6 +38,8 @@ sendings = st.tuples(message_strategy.map(msgspec.json.encode), attached) | st.t
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = Running(RuntimePaths(tmp_path_factory.mktemp("keeper") / "run"))
     assert running.told == "0 ready"
+    for role in ("io", "control"):
+        running.spare(role)
     yield running
     assert running.process.poll() is None, "the keeper has died"
     status, log = running.end()

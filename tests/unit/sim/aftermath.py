@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps of a simulated world after a death: what the dead process wrote lands, what it left is swept, and becomes free."""
+"""Steps of a simulated world after a death: what the dead process wrote lands, what it left is swept, or is free."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Aftermath(Instants):
         if not self.swept or not self.again:
             return False
         held = self.again[image % len(self.again)]
-        if not self.younger_active(held) and not self.still(held.disk):
+        if self.goes_later(held) or (not self.younger_active(held) and not self.still(held.disk)):
             return False
         self.settle_switch(held.disk)
         self._leave(held)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine._engine import ffi, lib
+
+from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import SimIo
 from tests.unit.sim.aftermath import LateStore
@@ -150,7 +151,8 @@ def die(
         flip(world)
 
     world.begin(former=True)
-    world.held, world.gone, world.again, world.left = held, gone, list(gone), left_of_images
+    world.held, world.gone, world.left = held, gone, left_of_images
+    world.again = sorted(gone, key=lambda held: held.serial)
     world.requests = {}
     for disk, origin in zip(world.disks, origins, strict=True):
         disk.open(world.sim)

@@ -166,7 +166,11 @@ class Dice:
         if die.random() < 0.4:
             return None
         return Cut(
-            die.randrange(16), die.choice((0, 0, 1, 2)), die.choice((1, 1, 2, 100)), die.random() < 0.3, die.random() < 0.5
+            die.randrange(16),
+            die.choice((0, 0, 1, 2)),
+            die.choice((1, 1, 2, 100)),
+            die.random() < 0.3,
+            die.random() < 0.5,
         )
 
     def aftermath(self) -> None:

@@ -53,7 +53,8 @@ def recover(world: World) -> None:
     for number in range(len(world.disks)):
         world.close_gate(number)
     while world.again:
-        assert world.drop_again(len(world.again) // 2)
+        # The youngest first.
+        assert world.drop_again(len(world.again) - 1)
         world.hand_over()
     for number in range(len(world.disks)):
         world.open_gate(number)

@@ -107,7 +107,13 @@ class Instants(Judge):
         return True
 
     def _may_go(self, held: Held) -> bool:
-        return self.swept or held not in self.adopted
+        return (self.swept or held not in self.adopted) and not self.goes_later(held)
+
+    def goes_later(self, held: Held) -> bool:
+        """Whether the next younger image of its chain was going when its process died, and has to go before it."""
+        chain = self.chain(held)
+        younger = chain[chain.index(held) + 1 :]
+        return bool(younger) and younger[0] in self.again
 
     def younger_active(self, held: Held) -> bool:
         """Whether a younger image of its chain can be trusted."""

@@ -85,7 +85,9 @@ class Machine:
         if io.request:
             return []
         disk = self.disk_of_queue[io.queue]
-        return [held for held in self._in_views() if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)]
+        return [
+            held for held in self._in_views() if held.disk is disk and (io.op is Op.READ or io.file in held.store.files)
+        ]
 
     def chain(self, held: Held) -> list[Held]:
         """The images of its disk and storage, oldest first; also one that is being handed over."""

@@ -21,7 +21,19 @@ ROOT = HERE.parents[2]
 GROUPS = {
     name: HERE / f"test_{name}.py"
     for name in (
-        *("rules", "written_images", "waiting", "room", "turns", "exempt", "yield", "death", "adoption", "flips"),
+        *(
+            "rules",
+            "written_images",
+            "waiting",
+            "room",
+            "turns",
+            "exempt",
+            "yield",
+            "death",
+            "adoption",
+            "flips",
+            "growing",
+        ),
         *("fault_sweep", "any_order", "dice"),
     )
 } | {"grace": HERE.parent / "engine" / "test_grace.py"}

@@ -235,3 +235,64 @@ def test_a_sweep_of_many_portions() -> None:
         swept(world)
         assert statuses(world) == [ACTIVE] * len(world.held)
     end(world)
+
+
+def test_what_was_going_goes_before_anything_older() -> None:
+    """Its map and that of its older neighbour have a leaf in common; what that one hands on must not be freed."""
+    world = World(Shape(units=200))
+    for leaf in range(3):
+        take(world, 0, trouble=None)
+        preserved(world, range(64 * leaf, 64 * leaf + 2))
+    world.close_gate(0)
+    assert world.drop(2)
+    world.portion(0)
+    die(world, [])
+    swept(world)
+    world.close_gate(0)
+    with pytest.raises(OSError, match="busy"):
+        world.disks[0].device.prepare_drop(world.held[1].image)
+    assert not world.drop(1)
+    assert world.drop_again(0)
+    world.hand_over()
+    assert world.drop(1)
+    world.hand_over()
+    world.open_gate(0)
+    preserved(world, range(10, 60, 5))
+    assert statuses(world) == [ACTIVE]
+    end(world)
+
+
+def test_of_two_writes_to_a_unit_of_an_image_the_later_one_counts() -> None:
+    """Death came before the record of what it replaced was cleared."""
+    world = World(Shape())
+    take(world, 0, trouble=None)
+    world.write_image(0, Op.WRITE, 0, 8)
+    complete_all(world)
+    world.write_image(0, Op.WRITE, 0, 8)
+    assert waiting(world) == [Kind.IMAGE_WRITE]
+    die(world, [], Cut(write=0, published=1, recorded=1, kept=True))
+    written = world.sim.written_slot(world.held[0].image, 0)
+    swept(world)
+    assert world.sim.written_slot(world.held[0].image, 0) == written == 2
+    end(world)
+
+
+def test_a_leaf_that_was_handed_over_is_not_freed() -> None:
+    """With the image that it comes from, which was settled in the next process."""
+    world = World(Shape(units=130))
+    for leaf in range(2):
+        take(world, 0, trouble=None)
+        preserved(world, range(64 * leaf, 64 * leaf + 2))
+    world.close_gate(0)
+    assert world.drop(1)
+    world.portion(0)
+    die(world, [])
+    swept(world)
+    world.close_gate(0)
+    assert world.drop_again(0)
+    world.hand_over()
+    world.open_gate(0)
+    take(world, 0, trouble=None)
+    preserved(world, range(130))
+    assert statuses(world) == [ACTIVE] * 2
+    end(world)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Between a death and the next process one bit of shared state changes: images are right, or broken, or lost; no crash."""
+"""One bit of shared state changes between a death and the next process: images are right, broken or lost; no crash."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 
+from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from tests.unit.sim.death import die
 from tests.unit.sim.ending import complete_all, read_images, recover
-from tests.unit.sim.look import find
+from tests.unit.sim.look import ACTIVE, find, statuses
 from tests.unit.sim.scenarios import take
 from tests.unit.sim.script import Kind
 from tests.unit.sim.shape import Shape
@@ -55,7 +57,7 @@ def story() -> World:
 
 
 def _places(world: World) -> Iterator[tuple[Any, int]]:
-    """Each byte that means something: heads and directories of images, tables and leaves, records, heads of storages."""
+    """Each byte that means something: heads and directories of images, tables, leaves, records, heads of storages."""
     for held in world.held + world.gone:
         yield from ((held.state, at) for at in (*range(64), *range(4096, 4104)))
     for memory in (*world.portions, *(records for store in world.stores for _, records in store.records)):
@@ -78,7 +80,8 @@ def outlive(number: int, bit: int) -> bool:
     try:
         die(world, [], None, _flip(number, bit))
     except OSError as error:
-        assert error.errno == errno.EBADMSG
+        if error.errno != errno.EBADMSG:
+            raise
         return False
     world.change(0, Op.WRITE, 0, 1)
     complete_all(world)
@@ -111,3 +114,95 @@ def test_a_flipped_bit_is_never_wrong_data() -> None:
         for bit in range(8) if STRIDE == 1 else (number % 8,):
             refused += not outlive(number, bit)
     assert refused < bytes_ // STRIDE // 4
+
+
+SPOILT = (ImageStatus.CORRUPTED, errno.EBADMSG)
+
+
+def two_images() -> World:
+    """Units 0 to 3 are preserved for both, in places 0-3 and 4-7; unit 9 is written to both, in places 8 and 9."""
+    world = World(Shape(unit=512, units=70, odd_sectors=0))
+    for _ in range(2):
+        take(world, 0, trouble=None)
+        world.change(0, Op.WRITE, 0, 4)
+        complete_all(world)
+    for image in range(2):
+        world.write_image(image, Op.WRITE, 9, 1)
+        complete_all(world)
+    return world
+
+
+def _leaf(world: World, image: int, *, written: bool = False) -> Any:
+    """The slots of the first leaf of a map."""
+    words = world.portions[0].view("<u4")
+    table = int(world.held[image].state[4096:].view("<u4")[int(written)]) - 1
+    leaf = int(words[1024 * table]) - 1
+    return words[64 * leaf : 64 * leaf + 64]
+
+
+def outcome(image: int, unit: int, slot: int, *, written: bool = False) -> list[tuple[ImageStatus, int]]:
+    """Of both images, when the sweep has found another slot there."""
+    world = two_images()
+
+    def flip(world: World) -> None:
+        _leaf(world, image, written=written)[unit] = slot
+
+    die(world, [], None, flip)
+    recover(world)
+    found = statuses(world)
+    read_images(world)
+    return found
+
+
+def test_a_slot_that_names_the_place_of_another_unit() -> None:
+    assert outcome(0, 1, 3) == [SPOILT, ACTIVE]
+
+
+def test_what_is_wrong_in_a_younger_map_breaks_older_images_too() -> None:
+    assert outcome(1, 1, 7) == [SPOILT, SPOILT]
+
+
+def test_a_slot_that_names_the_place_of_another_image() -> None:
+    """Whose it is cannot be told; and when one of them goes, the other one's must not be given to somebody else."""
+    assert outcome(0, 1, 6) == [SPOILT, SPOILT]
+
+
+def test_a_slot_that_names_what_was_written_to_another_image() -> None:
+    assert outcome(0, 9, 10, written=True) == [SPOILT, ACTIVE]
+    assert outcome(1, 9, 9, written=True) == [ACTIVE, SPOILT]
+
+
+def test_a_slot_beyond_all_places() -> None:
+    assert outcome(1, 2, 5000) == [SPOILT, SPOILT]
+
+
+def test_a_slot_that_was_lost() -> None:
+    assert outcome(0, 2, 0) == [SPOILT, ACTIVE]
+    assert outcome(1, 9, 0, written=True) == [ACTIVE, SPOILT]
+
+
+def test_zeroes_that_were_lost() -> None:
+    """They have no record, but their number is known."""
+    world = two_images()
+    world.write_image(1, Op.WRITE_ZEROES, 20, 3)
+    complete_all(world)
+
+    def flip(world: World) -> None:
+        _leaf(world, 1, written=True)[21] = 0
+
+    die(world, [], None, flip)
+    recover(world)
+    assert statuses(world) == [ACTIVE, SPOILT]
+
+
+@pytest.mark.parametrize(("status", "error"), [(3, 0), (1, errno.EIO), (7, 0), (0, 0)])
+def test_a_status_that_cannot_be(status: int, error: int) -> None:
+    world = two_images()
+
+    def flip(world: World) -> None:
+        world.held[1].state.view("<u4")[6:8] = status, error
+
+    die(world, [], None, flip)
+    assert statuses(world) == [ACTIVE, SPOILT]
+    recover(world)
+    read_images(world)

@@ -65,7 +65,9 @@ def tear(world: World, cut: Cut) -> bool:
         for written in (False, True):
             before, now = slots[held.serial, written], _slots(held, io, written)
             found = [
-                _Unit(io.unit + n, first + n, before[n]) for n in range(io.units) if now[n] == first + n + 1 != before[n]
+                _Unit(io.unit + n, first + n, before[n])
+                for n in range(io.units)
+                if now[n] == first + n + 1 != before[n]
             ]
             if found:
                 _unpublish(world, held, found, cut, written=written)
@@ -89,7 +91,9 @@ def _unpublish(world: World, held: Held, units: list[_Unit], cut: Cut, *, writte
 def _forget(store: Store, former: list[tuple[int, Any]], units: list[_Unit], cut: Cut, *, written: bool) -> None:
     published = min(cut.published, len(units))
     # Records of a copy come first of all, those of a write to an image each before its slot.
-    recorded = published + min(cut.recorded, 1) if written else max(min(cut.recorded, len(units)), published and len(units))
+    recorded = (
+        published + min(cut.recorded, 1) if written else max(min(cut.recorded, len(units)), published and len(units))
+    )
     for n, each in enumerate(units):
         replaced = 0 < each.before < SLOT_ZERO
         if replaced and (n >= published or (cut.kept and n == published - 1)):

@@ -15,9 +15,9 @@ import numpy as np
 from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import ALL, HeldMapMemory, SimIo
+from tests.unit.sim.aftermath import Aftermath
 from tests.unit.sim.disk import WORDS, Request, filled, stamps
 from tests.unit.sim.held import Held, would_break
-from tests.unit.sim.aftermath import Aftermath
 from tests.unit.sim.shape import SECTOR
 from tests.unit.sim.store import Place
 

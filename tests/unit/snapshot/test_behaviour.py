@@ -19,6 +19,7 @@ from blksnap_ublk.snapshot.storage.behaviour import (
     decide,
     levels_reached,
 )
+from blksnap_ublk.snapshot.storage.extending import SMALLEST
 
 UNIT = 4096
 GIB = 1 << 30
@@ -36,6 +37,7 @@ def facts(draw: st.DrawFn) -> Facts:
         used=draw(st.integers(0, capacity // UNIT)) * UNIT,
         room=draw(st.integers(0, 1 << 44)),
         on_overflow=draw(POLICIES),
+        rest=draw(st.booleans()),
         rate=draw(st.floats(0, 1e11)),
         waiting=draw(st.integers(0, 3)),
         failed=draw(st.booleans()),
@@ -60,11 +62,26 @@ def test_what_always_holds(facts: Facts) -> None:
     if decided.evict:
         assert facts.on_overflow.action is Action.EVICT_OLDEST
         assert facts.evictable
-        assert facts.failed or facts.room < UNIT
+        assert facts.failed or facts.room < _portion_least(facts)
     if facts.on_overflow.action is Action.PAUSE:
         assert decided.wait_ms == 30_000
-    if facts.waiting and facts.room >= UNIT:
+    if facts.waiting and facts.room >= _portion_least(facts):
         assert decided.grow
+
+
+def _portion_least(facts: Facts) -> int:
+    return UNIT if facts.rest else max(UNIT, min(SMALLEST, facts.capacity // 64))
+
+
+def test_what_is_freed_now_and_then_is_no_portion_but_the_rest_of_a_limit_is() -> None:
+    full = of(capacity=256 * MIB, used=256 * MIB, room=UNIT)
+    assert decide(full).grow == 0
+    assert decide(replace(full, room=SMALLEST - 1)).grow == 0
+    assert decide(replace(full, room=SMALLEST)).grow == SMALLEST
+    assert decide(replace(full, rest=True)).grow == UNIT
+    tiny = of(capacity=MIB, used=MIB, room=UNIT)
+    assert decide(tiny).grow == 0
+    assert decide(replace(tiny, room=MIB // 64)).grow == MIB // 64
 
 
 def test_a_portion_is_sized_by_the_rate() -> None:

@@ -28,7 +28,7 @@ from blksnap_ublk.snapshot.state_files import ImageStatus, StateFiles
 UNIT = 4096
 MIB = 1 << 20
 # As in csrc/core/state.h, of the version that is read.
-IMAGE_STATE = struct.Struct("<IIQIIIiQQQ")
+IMAGE_STATE = struct.Struct("<IIQIIIiQQQ8x")
 MAGIC = 0x49555342
 
 

@@ -90,30 +90,37 @@ def test_files_are_private(tmp_path: Path) -> None:
     catalogue.put_device(device("one"))
     catalogue.take_serials(1)
     modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "c", *(tmp_path / "c").iterdir())]
-    assert modes == [0o700] + [0o600] * 3
+    assert modes == [0o700] + [0o600] * 4
 
 
 @settings(max_examples=60)
-@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+@given(
+    where=st.floats(0, 1, exclude_max=True),
+    bit=st.integers(0, 7),
+    cut=st.booleans(),
+    names=st.sampled_from([["json"], ["copy"], ["json", "copy"]]),
+)
 def test_damage_anywhere_costs_that_object_only(
-    tmp_path_factory: pytest.TempPathFactory, where: float, bit: int, cut: bool
+    tmp_path_factory: pytest.TempPathFactory, where: float, bit: int, cut: bool, names: list[str]
 ) -> None:
+    """And nothing at all where one of its two files is left."""
     directory = tmp_path_factory.mktemp("c")
     catalogue = Catalogue(directory)
     catalogue.put_device(device("one"))
     catalogue.put_device(device("two"))
-    path = directory / "device-one.json"
-    data = bytearray(path.read_bytes())
-    at = int(where * len(data))
-    if cut:
-        del data[at:]
-    else:
-        data[at] ^= 1 << bit
-    path.write_bytes(data)
+    for name in names:
+        path = directory / f"device-one.{name}"
+        data = bytearray(path.read_bytes())
+        at = int(where * len(data))
+        if cut:
+            del data[at:]
+        else:
+            data[at] ^= 1 << bit
+        path.write_bytes(data)
     again = Catalogue(directory)
     assert again.device("two") == device("two")
     # A change that JSON does not tell apart (1 and 1.0, say) is no damage.
-    assert again.device("one") in (None, device("one"))
+    assert again.device("one") in ((device("one"),) if len(names) == 1 else (None, device("one")))
     assert again.damaged == ([] if again.device("one") else ["one"])
     assert Catalogue(directory).damaged == [], "a damaged file is set aside"
 
@@ -121,8 +128,8 @@ def test_damage_anywhere_costs_that_object_only(
 def test_a_file_of_another_version_is_damaged(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "c")
     catalogue.put_device(device("one"))
-    path = tmp_path / "c" / "device-one.json"
-    path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":9'))
+    for path in (tmp_path / "c").glob("device-one.*"):
+        path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":9'))
     assert Catalogue(tmp_path / "c").damaged == ["one"]
 
 
@@ -132,7 +139,7 @@ def test_a_write_that_was_broken_off_leaves_what_was_before(tmp_path: Path) -> N
     (tmp_path / "c" / "device-one.writing").write_bytes(b"{")
     again = Catalogue(tmp_path / "c")
     assert again.devices() == [device("one")]
-    assert sorted(os.listdir(tmp_path / "c")) == ["device-one.json", "spare"]
+    assert sorted(os.listdir(tmp_path / "c")) == ["device-one.copy", "device-one.json", "spare"]
 
 
 def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
@@ -210,5 +217,6 @@ def test_what_is_there_can_be_changed_where_no_room_is_left(small: Path) -> None
 def test_a_file_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "c")
     catalogue.put_device(device("one"))
-    (tmp_path / "c" / "device-one.json").write_bytes(b'{"x":' + b"[" * 100_000)
+    for path in (tmp_path / "c").glob("device-one.*"):
+        path.write_bytes(b'{"x":' + b"[" * 100_000)
     assert Catalogue(tmp_path / "c").damaged == ["one"]

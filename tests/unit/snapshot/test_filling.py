@@ -58,7 +58,8 @@ def test_who_comes_or_goes_is_no_victim() -> None:
     going, comes = snapshot("a", "d", phase=Phase.DESTROYING), snapshot("c", "d", phase=Phase.CREATING)
     b, d = snapshot("b", "d"), snapshot("d", "d")
     assert chosen([going, b]) is None
-    assert chosen([b, comes]) == "b"
+    assert chosen([b, comes]) is None
+    assert chosen([b, d, comes]) == "b"
     assert chosen([comes, d]) is None
 
 

@@ -4,7 +4,7 @@
 import random
 import threading
 
-from blksnap_ublk.snapshot.context import KeyedLocks
+from blksnap_ublk.snapshot.keyed_locks import KeyedLocks
 
 
 def test_one_at_a_time_for_each_key_and_nobody_for_ever() -> None:
@@ -36,6 +36,18 @@ def test_a_key_may_be_named_twice() -> None:
         pass
     with locks.holding(["a"]):
         pass
+
+
+def test_nobody_is_waited_for() -> None:
+    locks = KeyedLocks()
+    with locks.trying(["a", "b"]) as held:
+        assert held
+        with locks.trying(["c", "b"]) as also:
+            assert not also
+        with locks.trying(["c"]) as other:
+            assert other, "what was taken by an attempt that failed is free again"
+    with locks.trying(["b"]) as again:
+        assert again
 
 
 def test_keys_are_independent() -> None:

@@ -25,6 +25,7 @@ from blksnap_ublk.snapshot.spec import parse_specs
         ("tracking_block", 128 << 20),
         ("unit", 256),
         ("unit", 5000),
+        ("unit", 128 << 10),
     ],
 )
 def test_attach_refuses(field: str, value: object) -> None:

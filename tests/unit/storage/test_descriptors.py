@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,29 @@ def test_an_adopted_descriptor_is_used_unless_there_is_one() -> None:
     for _ in range(3):
         registry.release(ONE)
     assert not _is_open(first)
+
+
+def test_a_device_that_does_not_open_keeps_nobody_else_waiting() -> None:
+    registry = DescriptorRegistry()
+    opening, go = threading.Event(), threading.Event()
+
+    def slowly() -> int:
+        opening.set()
+        go.wait()
+        return _null()
+
+    registry.acquire(ONE, _null)
+    slow = threading.Thread(target=registry.acquire, args=(TWO, slowly))
+    same = threading.Thread(target=registry.acquire, args=(TWO, lambda: pytest.fail("opened twice")))
+    slow.start()
+    assert opening.wait(60)
+    same.start()
+    registry.acquire(ONE, lambda: pytest.fail("opened twice"))
+    registry.release(ONE)
+    go.set()
+    slow.join()
+    same.join()
+    registry.release(TWO)
+    assert registry.held() == {ONE, TWO}
+    registry.release(TWO)
+    registry.release(ONE)

@@ -6,17 +6,20 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from blksnap_ublk.errors import BlksnapError, Busy, Failed, Unsupported, UsageError
-from blksnap_ublk.host import extents
+from blksnap_ublk.host import blockdev, extents, stack
 from blksnap_ublk.host.number import DeviceNumber
-from blksnap_ublk.snapshot.storage import AreaKind, Identity, UsedRange
+from blksnap_ublk.snapshot.spec import parse_spec
+from blksnap_ublk.snapshot.storage import AreaKind, DescriptorRegistry, Identity, Planned, UsedRange, open_storage
 from blksnap_ublk.snapshot.storage.files import is_written, write_ahead
-from tests.loop_devices import run
+from blksnap_ublk.snapshot.storage.target import refuse_beneath_off_limits
+from blksnap_ublk.snapshot.storages import write_areas_ahead
+from tests.loop_devices import loop_device, run
 from tests.unit.storage.conftest import MIB, Opener
 
 
@@ -333,3 +336,81 @@ def test_a_fifo_is_refused_without_waiting_for_its_other_end(tmp_path: Path, ope
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match="neither a regular file"):
         opened(str(tmp_path / "fifo"))
+
+
+def test_writing_ahead_leaves_data_alone(ext4: Path, opened: Opener) -> None:
+    path = ext4 / "disk.img"
+    data = os.urandom(2 * MIB)
+    path.write_bytes(data)
+    run("fallocate", "-o", str(2 * MIB), "-l", str(2 * MIB), str(path))
+    with opened(str(path)) as areas:
+        (area,) = areas.areas
+        assert not area.written
+        write_areas_ahead(areas)
+        assert is_written(area.fd, area.start_byte, area.length)
+    assert path.read_bytes() == data + bytes(2 * MIB)
+
+
+def test_what_is_open_elsewhere_is_no_storage(ext4: Path, opened: Opener) -> None:
+    path = _make(ext4 / "f", MIB)
+    with path.open("r+b"), pytest.raises(Busy, match="is open elsewhere"):
+        opened(f"{path}:0+1024", limit=8 * MIB)
+    with opened(f"{path}:0+1024"), opened(f"{path}:1024+1024"), path.open("rb"):
+        pass
+
+
+def test_what_belongs_to_a_user_is_no_storage(ext4: Path, opened: Opener) -> None:
+    path = _make(ext4 / "f", MIB)
+    os.chown(path, 1000, 1000)
+    with pytest.raises(UsageError, match=r"belongs to user 1000.*chown"):
+        opened(str(path))
+
+
+def test_the_file_behind_a_device_of_ours_is_no_storage(
+    ext4: Path, opened: Opener, make_loop: Callable[..., str]
+) -> None:
+    path = _make(ext4 / "f", MIB)
+    run("losetup", "--find", str(path))
+    device = run("losetup", "--noheadings", "--output", "NAME", "--associated", str(path))
+    try:
+        with pytest.raises(Busy, match="is open elsewhere"):
+            opened(str(path))
+        number = blockdev.device_number(device)
+        assert (DeviceNumber.of(os.stat(path).st_dev), os.stat(path).st_ino) in stack.files_beneath(number)
+        status = os.stat(path)
+        identity = Identity(DeviceNumber.of(status.st_dev), status.st_ino)
+        with pytest.raises(Unsupported, match=f"holds the data of {device}"):
+            refuse_beneath_off_limits(str(path), identity, [number])
+    finally:
+        run("losetup", "--detach", device)
+
+
+def test_a_device_behind_a_loop_device_is_no_storage(
+    opened: Opener, make_loop: Callable[..., str], tmp_path: Path
+) -> None:
+    lower = make_loop("lower", 8 * MIB)
+    with loop_device(Path(lower)) as upper, pytest.raises(Busy, match=f"{upper} rests on it.*losetup -d"):
+        opened(lower)
+    opened(lower).close()
+
+
+def test_what_is_about_to_be_changed_is_announced_before(ext4: Path) -> None:
+    """All of it, locked, and as it was."""
+    registry = DescriptorRegistry()
+    old = _make(ext4 / "old", MIB)
+    seen: list[Planned] = []
+
+    def announce(planned: Sequence[Planned]) -> None:
+        seen.extend(planned)
+        assert not (ext4 / "fresh").exists()
+        assert old.stat().st_blocks == 0
+        raise Failed("full")
+
+    specs = [parse_spec(str(ext4 / "fresh")), parse_spec(str(old)), parse_spec(str(ext4))]
+    with pytest.raises(Failed, match="full"):
+        open_storage(specs, registry=registry, off_limits=(), limit=24 * MIB, needed=8 * MIB, announce=announce)
+    assert [(each.path, each.former_size) for each in seen] == [(str(ext4 / "fresh"), -1), (str(old), MIB)]
+    assert seen[0].size >= MIB
+    assert seen[1].size == MIB
+    assert old.stat().st_blocks == 0
+    assert registry.held() == frozenset()

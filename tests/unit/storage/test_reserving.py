@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,10 +81,10 @@ def _entries(areas: tuple[OpenArea, ...], former: int | None = None) -> list[Are
     ]
 
 
-def _give_back(path: Path, descriptor: int | None, former: int | None) -> str | None:
+def _give_back(path: Path, descriptor: int | None, former: int | None, longest: int = 1 << 40) -> str | None:
     status = os.stat(path)
     identity = Identity(DeviceNumber.of(status.st_dev), status.st_ino)
-    with GivingBack(str(path), identity, descriptor, former, lambda: False) as given:
+    with GivingBack(str(path), identity, descriptor, former, longest, lambda: False) as given:
         return given.warning
 
 
@@ -224,11 +226,11 @@ def test_given_back_by_its_path_it_is_found_only_where_it_still_is(ext4: Path) -
     identity = Identity(DeviceNumber.of(os.stat(path).st_dev), os.stat(path).st_ino)
     path.rename(ext4 / "other")
     path.write_bytes(bytes(MIB))
-    with GivingBack(str(path), identity, None, -1, lambda: False) as given:
+    with GivingBack(str(path), identity, None, -1, 0, lambda: False) as given:
         assert given.warning is None
     assert path.exists()
     (ext4 / "other").rename(path)
-    with GivingBack(str(path), identity, None, -1, lambda: False) as given:
+    with GivingBack(str(path), identity, None, -1, 0, lambda: False) as given:
         assert given.warning is None
     assert not path.exists()
 
@@ -349,3 +351,36 @@ def test_old_readers_see_nothing_of_it(ext4: Path) -> None:
         assert {each.flags & extents.ExtentFlags.UNWRITTEN for each in extents.extents(areas.areas[0].fd, 0, MIB) or ()}
         assert path.read_bytes().count(0) == MIB
         areas.undo()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_a_helper_that_dies_has_reserved_is_given_back(ext4: Path, exists: bool) -> None:
+    path = ext4 / "storage"
+    if exists:
+        path.write_bytes(bytes(MIB))
+    reservation = Reservation(Spec(str(path)), _seat(ext4), lambda: False)
+    descriptor, _ = reservation.open()
+    reservation.reserve(8 * MIB, UNIT)
+    assert is_immutable(path)
+    helper = int(run("pgrep", "-f", "-P", str(os.getpid()), "storage.reserving"))
+    os.kill(helper, signal.SIGKILL)
+    reservation.undo()
+    os.close(descriptor)
+    reservation.close()
+    assert path.exists() == exists
+    if exists:
+        assert not is_immutable(path)
+        assert path.stat().st_size == MIB
+
+
+def test_what_is_longer_than_it_was_made_stays_so(ext4: Path) -> None:
+    path = ext4 / "storage"
+    path.write_bytes(bytes(3 * MIB))
+    assert "was made no longer than" in (_give_back(path, None, MIB, 2 * MIB) or "")
+    assert path.stat().st_size == 3 * MIB
+    assert _give_back(path, None, MIB, 3 * MIB) is None
+    assert path.stat().st_size == MIB
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert _give_back(path, None, 0, 3 * MIB) is not None
+    assert path.stat().st_size == MIB

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-from blksnap_ublk.errors import BlksnapError, NotFound, from_os_error
+from blksnap_ublk.errors import BlksnapError, from_os_error
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoRefused
-from blksnap_ublk.snapshot import broken, destroy, naming, overflow
+from blksnap_ublk.snapshot import broken, destroy, naming, overflow, releasing
 from blksnap_ublk.snapshot.catalogue import Phase, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.filling import growing
-from blksnap_ublk.snapshot.filling.damage import DamageSearch
+from blksnap_ublk.snapshot.filling.damage import Damage, DamageSearch
 from blksnap_ublk.snapshot.filling.evicting import victim
 from blksnap_ublk.snapshot.filling.job import Job
 from blksnap_ublk.snapshot.filling.rate import Rate
@@ -28,6 +28,7 @@ from blksnap_ublk.snapshot.storage.behaviour import Facts
 GROW_AGAIN = 2.0  # seconds until growth that failed is tried again
 EVICT_FAILED_AGAIN = 2.0  # seconds from the begin of an eviction that fails to the next
 EVICT_AGAIN = 0.25  # seconds from the end of an eviction to the next: its places may come free a little later
+FINISH_AGAIN = 2.0  # seconds from one attempt to give its files back to the next
 SEARCH_EVERY = 1.0  # seconds between two looks for damage
 FORECAST_EVERY = 0.5  # seconds between two readings for the forecast
 SETTLE = 2.0  # seconds after an eviction in which writers still wait for its places
@@ -58,14 +59,20 @@ class OneStorage:
         self._search = DamageSearch()
         self._failed = self._stuck = False
         self._grow_at = self._search_at = self._read_at = 0.0
-        self._evict_at = self._evicted_until = 0.0
+        self._evict_at = self._evicted_until = self._finish_at = 0.0
         self._told = 0
+        self._evicted: set[str] = set()
+        self._damages: set[Damage] = set()
+        self._broken: set[tuple[int, Damage]] = set()
         self._waiting = False
         self._sent: tuple[int, messages.SetStorage] | None = None
 
     def look(self) -> None:
         """Raises Failed when the io process has gone."""
         storage = self._context.catalogue.storage(self._key)
+        if storage is not None and storage.released:
+            self._finish(time.monotonic())
+            return
         state = self._context.state.storage_state(naming.storage_state_name(self._key))
         if storage is None or state is None or self._key not in self._context.open_storages:
             return
@@ -85,9 +92,18 @@ class OneStorage:
         elif now >= self._grow_at:
             self._growth.start(partial(self._grow, decision.grow))
         if decision.evict and evicted is not None and now >= self._evict_at:
-            self._eviction.start(partial(self._evict, evicted, facts))
+            self._eviction.start(partial(self._evict, facts))
         if now >= self._search_at and self._growth.start(partial(self._look_for_damage, storage)):
             self._search_at = now + SEARCH_EVERY
+
+    def _finish(self, now: float) -> None:
+        """Gives its files back, unless who destroyed the last snapshot does that at present."""
+        if now >= self._finish_at and self._growth.start(self._give_back):
+            self._finish_at = now + FINISH_AGAIN
+
+    def _give_back(self) -> None:
+        for warning in releasing.finish(self._context, self._key):
+            _log.warning("%s", warning)
 
     def wait_until(self, end: float) -> None:
         """For what is under way, until that time of the monotonic clock."""
@@ -120,6 +136,7 @@ class OneStorage:
             used=used,
             room=room.allowed,
             on_overflow=overflow.parse(storage.on_overflow),
+            rest=storage.limit is not None,
             rate=self._rate.per_second(),
             waiting=state.waiting,
             failed=failed,
@@ -203,26 +220,43 @@ class OneStorage:
         _log.error("storage %s does not grow: %s", self._key, error)
         self._emit("storage-grow-failed", snapshots, error=error)
 
-    def _evict(self, entry: SnapshotEntry, facts: Facts) -> None:
+    def _evict(self, facts: Facts) -> None:
         self._evict_at = time.monotonic() + EVICT_FAILED_AGAIN
-        _log.warning("snapshot %s: evicted, its difference storage is full", entry.id)
-        device = naming.only_device(entry)
-        self._context.emit("evicted", snapshot=entry.id, device=device, used=facts.used, capacity=facts.capacity)
-        try:
-            for warning in destroy.destroy(self._context, entry, force=True):
+        here = naming.snapshots_in(self._context.catalogue, self._key)
+        # With these nobody else can end a snapshot of the storage.
+        keys = {key for entry in here for key in destroy.devices_of(self._context, entry)}
+        with self._context.locks.holding(keys):
+            entry = self._victim(facts)
+            if entry is None:
+                return
+            _log.warning("snapshot %s: evicted, its difference storage is full", entry.id)
+            if entry.id not in self._evicted:
+                self._evicted.add(entry.id)
+                sizes = {"used": facts.used, "capacity": facts.capacity}
+                self._context.emit("evicted", snapshot=entry.id, device=naming.only_device(entry), **sizes)
+            for warning in destroy.destroy_locked(self._context, entry, force=True):
                 _log.warning("%s", warning)
-        except NotFound:
-            pass
         self._evicted_until = time.monotonic() + SETTLE
         self._evict_at = time.monotonic() + EVICT_AGAIN
+
+    def _victim(self, facts: Facts) -> SnapshotEntry | None:
+        """As it is now; others may have ended snapshots."""
+        snapshots = naming.snapshots_in(self._context.catalogue, self._key)
+        lost = {entry.id for entry in snapshots if self._is_lost(entry)}
+        return victim(snapshots, lost, writers_wait=facts.waiting > 0)
 
     def _look_for_damage(self, storage: StorageEntry) -> None:
         snapshots = naming.snapshots_in(self._context.catalogue, self._key)
         for found in self._search.look(self._context, storage, time.monotonic()):
-            _log.error("%s: %s", found.path, found.error)
-            self._emit("storage-damaged", snapshots, path=found.path, error=found.error)
-            if found.errno is not None:
+            if found not in self._damages:
+                self._damages.add(found)
+                _log.error("%s: %s", found.path, found.error)
+                self._emit("storage-damaged", snapshots, path=found.path, error=found.error)
+            # Every io process has to hear of it.
+            told = (self._context.io.pid, found)
+            if found.errno is not None and told not in self._broken:
                 self._context.io.call(messages.BreakStorage(self._key, found.errno))
+                self._broken.add(told)
 
     def _emit(self, kind: str, snapshots: Sequence[SnapshotEntry], **data: object) -> None:
         for entry in snapshots:

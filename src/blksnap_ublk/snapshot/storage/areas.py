@@ -72,10 +72,26 @@ class OpenArea:
     beneath: str | None = None
     """The key of the filtered device that it is written beneath, at byte `physical` of its origin, not through `fd`."""
     physical: int | None = None
+    former_size: int | None = None
+    """Bytes that its file had before; -1 for one that was made and has a name; None: no file, or one without a name."""
 
     @property
     def used_range(self) -> UsedRange:
         return UsedRange(self.identity, self.start_byte, self.length)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A file that is about to be changed: it has `former_size` bytes, -1: it has no name yet, and is to have `size`.
+
+    `beneath`: the key of the filtered device beneath which it is to be written.
+    """
+
+    path: str
+    identity: Identity
+    former_size: int
+    size: int
+    beneath: str | None
 
 
 class Reservation(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blksnap_ublk.snapshot.overflow import Action, OnOverflow
+from blksnap_ublk.snapshot.storage.extending import SMALLEST
 
 MIB = 1 << 20
 LEVELS = (80, 90, 95)
@@ -30,6 +31,8 @@ _LEVEL_BACK = 5  # per cent below a level, until it can be told again
 @dataclass(frozen=True)
 class Facts:
     """What is known of a storage. `room`: what growth may still add; 0 where nothing grows, or the limit is reached.
+    `rest`: it is what is left up to a limit, so a small portion is the last one; without a limit it is what happens to
+    be free, and small portions could go on for ever.
 
     `rate`: bytes per second that went into it of late. `waiting`: requests that wait for room. `failed`: the last
     attempt to make it larger failed, or does not end. `written`: images in it are written to. `evictable`: it holds an
@@ -42,6 +45,7 @@ class Facts:
     used: int
     room: int
     on_overflow: OnOverflow
+    rest: bool = False
     rate: float = 0.0
     waiting: int = 0
     failed: bool = False
@@ -68,7 +72,7 @@ def decide(facts: Facts) -> Behaviour:
     """What is to be done with a storage, of which at least one snapshot is not broken."""
     free = facts.capacity - facts.used
     ahead = _ahead(facts)
-    may_grow = facts.room >= facts.unit
+    may_grow = facts.room >= (facts.unit if facts.rest else max(facts.unit, min(SMALLEST, facts.capacity // _SHARE)))
     grows = may_grow and not facts.failed
     action = facts.on_overflow.action
     short = facts.waiting > 0 or free < facts.capacity / _EVICT_BELOW

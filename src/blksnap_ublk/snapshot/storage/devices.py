@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 
-from blksnap_ublk.errors import Failed, Unsupported
-from blksnap_ublk.host import blockdev
+from blksnap_ublk.errors import Busy, Failed, Unsupported
+from blksnap_ublk.host import blockdev, holders
 from blksnap_ublk.host.claim import open_exclusive
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.snapshot.spec import Spec
@@ -25,6 +25,10 @@ def open_device(
     identity = Identity(number, 0)
     descriptor = registry.acquire(identity, lambda: open_exclusive(spec.path))
     closing.callback(registry.release, identity)
+    loops = holders.loops_on(number)  # which claim nothing, and may be mounted
+    if loops:
+        node = blockdev.node_path(loops[0])
+        raise Busy(f"{node} rests on it", subject=spec.path, errno="EBUSY", advice=f"losetup -d {node} first")
     device = blockdev.describe_number(number)
     limits = device.limits
     if limits.zoned != "none":

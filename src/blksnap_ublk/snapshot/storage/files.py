@@ -26,7 +26,8 @@ from blksnap_ublk.host.syscalls import (
 from blksnap_ublk.snapshot.spec import SECTOR, Spec
 from blksnap_ublk.snapshot.storage.areas import AreaKind, Identity
 from blksnap_ublk.snapshot.storage.descriptors import DescriptorRegistry
-from blksnap_ublk.snapshot.storage.target import Target, refuse_off_limits
+from blksnap_ublk.snapshot.storage.sole_use import only_here
+from blksnap_ublk.snapshot.storage.target import Target, refuse_beneath_off_limits, refuse_off_limits
 
 _NOT_IN_PLACE = ExtentFlags.ENCODED | ExtentFlags.INLINE | ExtentFlags.TAIL | ExtentFlags.UNKNOWN
 _ZEROES = 1 << 20
@@ -48,8 +49,12 @@ def open_existing(
             if (area.device, area.inode) == (status.filesystem, status.inode):
                 raise Busy("in use as swap", subject=path, errno="EBUSY", advice=f"swapoff {area.path} first")
         identity = Identity(status.filesystem, status.inode)
-        descriptor = registry.acquire(identity, lambda: _open_locked(path, identity))
+        descriptor = registry.acquire(identity, lambda: _open_alone(path, identity))
         closing.callback(registry.release, identity)
+        owner = os.fstat(descriptor).st_uid
+        if owner:
+            text = f"belongs to user {owner}, and what it will hold is as secret as the disk"
+            raise UsageError(text, subject=path, advice="name a file of root's, or chown it")
         return _target(spec, descriptor, AreaKind.FILE, off_limits)
 
 
@@ -100,7 +105,7 @@ def allocate(target: Target, size: int, undoing: ExitStack) -> None:
     with _errors_of(target.spec.path):
         before = os.fstat(descriptor).st_size
         if size > before:
-            undoing.callback(_quietly, os.ftruncate, descriptor, before)
+            undoing.callback(_cut_back, descriptor, before, size)
         for start, length in target.byte_ranges(size):
             for hole, hole_length in extents.holes(descriptor, start, length):
                 undoing.callback(
@@ -143,11 +148,25 @@ def is_written(descriptor: int, start: int, length: int) -> bool:
     return mapped is None or not any(each.flags & ExtentFlags.UNWRITTEN for each in mapped)
 
 
+def unwritten(descriptor: int, start: int, length: int, alignment: int) -> list[tuple[int, int]]:
+    """The parts, as (start, length) in bytes, of a byte range that have space and were never written.
+
+    Multiples of `alignment`. Raises OSError.
+    """
+    found = []
+    for extent in extents.extents(descriptor, start, length) or ():
+        if extent.flags & ExtentFlags.UNWRITTEN:
+            first = -(-max(extent.start, start) // alignment) * alignment
+            last = min(extent.start + extent.length, start + length) // alignment * alignment
+            if first < last:
+                found.append((first, last - first))
+    return found
+
+
 def write_ahead(descriptor: int, start: int, length: int) -> None:
     """Turns allocated space into written space by zeroes, so that later writes wait for no metadata.
 
-    For the part of an area that holds nothing yet: `start` and `length` in bytes, multiples of its alignment. Raises
-    OSError.
+    For what `unwritten` gives: `start` and `length` in bytes, multiples of the alignment of its area. Raises OSError.
     """
     try:
         fallocate(descriptor, FALLOC_WRITE_ZEROES, start, length)
@@ -162,7 +181,8 @@ def write_ahead(descriptor: int, start: int, length: int) -> None:
                 position += os.pwrite(descriptor, piece, position)
 
 
-def _open_locked(path: str, identity: Identity) -> int:
+def open_locked(path: str, identity: Identity) -> int:
+    """Opens and locks the regular file of that identity. Raises OSError, Busy, Failed for another file."""
     descriptor = _open_direct(path, 0)
     try:
         status = os.fstat(descriptor)
@@ -177,6 +197,17 @@ def _open_locked(path: str, identity: Identity) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _open_alone(path: str, identity: Identity) -> int:
+    """What somebody else has open, as the disk of a virtual machine or behind a loop device, is no storage."""
+    descriptor = open_locked(path, identity)
+    try:
+        with only_here(descriptor, path):
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def _open_direct(path: str, flags: int) -> int:
@@ -195,9 +226,11 @@ def _target(
     status = file_status(descriptor)
     name = _type_name(spec.path, descriptor)
     beneath = stack.devices_beneath_file(descriptor)
+    identity = Identity(status.filesystem, status.inode)
     refuse_off_limits(spec.path, beneath, off_limits)
+    refuse_beneath_off_limits(spec.path, identity, off_limits)
     direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-    device = min(beneath, default=None)
+    device = status.filesystem if status.filesystem.major else min(beneath, default=None)
     needs = status.direct_io
     if name == "tmpfs":
         needs = DirectIo(SECTOR, SECTOR)
@@ -210,7 +243,7 @@ def _target(
         spec=spec,
         kind=kind,
         descriptor=descriptor,
-        identity=Identity(status.filesystem, status.inode),
+        identity=identity,
         size=status.size,
         alignment=max(needs.offset, SECTOR),
         memory_alignment=needs.memory,
@@ -235,6 +268,12 @@ def _errors_of(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, subject=path) from None
+
+
+def _cut_back(descriptor: int, former: int, longest: int) -> None:
+    with suppress(OSError):
+        if os.fstat(descriptor).st_size <= longest:  # else somebody else has written to it
+            os.ftruncate(descriptor, former)
 
 
 def _quietly(function: Callable[..., object], *arguments: int) -> None:

@@ -15,7 +15,7 @@ from blksnap_ublk.host import filesystem
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.snapshot.spec import SECTOR, Spec, check_disjoint
 from blksnap_ublk.snapshot.storage import devices, files
-from blksnap_ublk.snapshot.storage.areas import AreaKind, Identity, OpenArea, OpenAreas, UsedRange
+from blksnap_ublk.snapshot.storage.areas import AreaKind, Identity, OpenArea, OpenAreas, Planned, UsedRange
 from blksnap_ublk.snapshot.storage.beneath import Seat
 from blksnap_ublk.snapshot.storage.descriptors import DescriptorRegistry
 from blksnap_ublk.snapshot.storage.growth import Growable, plan_sizes
@@ -34,6 +34,7 @@ def open_storage(
     unit: int = 4096,
     seats: Mapping[str, Seat] = MappingProxyType({}),
     given_up: Callable[[], bool] = lambda: False,
+    announce: Callable[[Sequence[Planned]], None] = lambda planned: None,
 ) -> OpenAreas:
     """Opens the areas of all SPECs, in their order, with space of their own and locked against others.
 
@@ -44,6 +45,9 @@ def open_storage(
     `seats`: the paths of SPECs that lie directly on a filtered device: helper processes reserve them whole, so they
     need a limit where they are no files yet, and what they are asked for first. Nothing is waited for there any more
     once `given_up()` says that these devices are not served.
+
+    `announce` is told of the files with names when all is opened, locked and checked, and before anything is changed;
+    what it raises is passed on.
 
     Raises UsageError, Busy, Unsupported, NotFound or Failed and then leaves nothing behind.
     """
@@ -63,6 +67,7 @@ def open_storage(
         through = [target for target in targets if target.kind is not AreaKind.DEVICE and not target.reservation]
         for target in through:
             files.refuse_unusable_blocks(target)
+        announce([_planned(target, size) for target, size in sized if target.kind is AreaKind.FILE])
         notes = []
         for areas, (target, size) in zip(found, sized, strict=True):
             if target.reservation:
@@ -179,6 +184,16 @@ def _whole_size(target: Target, left: int | None, unit: int) -> int:
     return target.size + wanted
 
 
+def _planned(target: Target, size: int) -> Planned:
+    former = -1 if target.publish else target.size
+    beneath = target.reservation.seat.device if target.reservation else None
+    return Planned(target.spec.path, target.identity, former, max(size, target.size), beneath)
+
+
+def _former_size(target: Target) -> int | None:
+    return _planned(target, 0).former_size if target.kind is AreaKind.FILE else None
+
+
 def _growable(target: Target) -> Growable:
     return Growable(
         path=target.spec.path,
@@ -214,6 +229,7 @@ def _areas(target: Target, size: int, unit: int) -> list[OpenArea]:
                 filesystem=target.filesystem,
                 device=target.device,
                 identity=target.identity,
+                former_size=_former_size(target),
             )
         )
     return found
@@ -258,6 +274,7 @@ def _reserve(
             identity=target.identity,
             beneath=reservation.seat.device,
             physical=piece.physical,
+            former_size=_former_size(target),
         )
         for piece in pieces
     ]

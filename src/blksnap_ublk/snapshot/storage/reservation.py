@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import select
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +27,7 @@ RESERVE_LIMIT = 300.0
 _GIVE_BACK_LIMIT = 30.0  # the helper goes on after that
 _LOOK = 0.2  # seconds between two looks whether waiting has become vain
 _ERRORS = {kind.__name__: kind for kind in ERROR_CLASSES}
+_log = logging.getLogger(__name__)
 _PROGRAM = "blksnap_ublk.snapshot.storage.reserving"
 
 GivenUp = Callable[[], bool]
@@ -41,7 +44,12 @@ class Reservation:
     def __init__(self, spec: Spec, seat: Seat, given_up: GivenUp) -> None:
         self.seat = seat
         self._spec = spec
+        self._given_up = given_up
         self._helper = _Helper("reserve", spec.path, given_up)
+        self._own: int | None = None
+        self._closing = ExitStack()
+        self._found: Found | None = None
+        self._size = 0
 
     def open(self) -> tuple[int, Found]:
         """A descriptor of the file, which the caller closes, and what it is. Raises BlksnapError."""
@@ -52,7 +60,8 @@ class Reservation:
         if descriptor is None:
             raise Failed("the helper process sent no file", subject=self._spec.path, advice="see the daemon's log")
         device, inode = answer["identity"]
-        found = Found(
+        self._own = os.dup(descriptor)
+        self._found = found = Found(
             kind=AreaKind(answer["kind"]),
             identity=Identity(DeviceNumber(*device), inode),
             size=answer["size"],
@@ -64,6 +73,7 @@ class Reservation:
 
     def reserve(self, size: int, unit: int) -> tuple[list[Piece], list[str]]:
         """Gives the file `size` bytes for storage of that unit; where they lie, and notes. Raises BlksnapError."""
+        self._size = size
         self._helper.tell({"do": "reserve", "size": size, "unit": unit})
         answer = self._helper.answer(RESERVE_LIMIT)
         return [Piece(*each) for each in answer["pieces"]], list(answer["notes"])
@@ -78,10 +88,27 @@ class Reservation:
         self._helper.tell({"do": "undo"})
         with suppress(BlksnapError):  # it goes on by itself, or has undone it all before it said what was wrong
             self._helper.answer(_GIVE_BACK_LIMIT)
+        if self._helper.gone and self._found is not None and self._size:
+            self._undo_by_another(self._found)
 
     def close(self) -> None:
         """Ends the helper, which closes the file."""
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+        self._closing.close()
         self._helper.end()
+
+    def _undo_by_another(self, found: Found) -> None:
+        """The helper has died, perhaps with the file reserved."""
+        former = None if found.kind is AreaKind.UNNAMED else -1 if found.publish else found.size
+        longest = max(self._size, found.size)
+        path = self._spec.path
+        given = self._closing.enter_context(
+            GivingBack(path, found.identity, self._own, former, longest, self._given_up)
+        )
+        if given.warning is not None:
+            _log.error("%s; it may stay immutable: chattr -i %s", given.warning, path)
 
 
 def verify(path: str, descriptor: int, pieces: Sequence[Piece], given_up: GivenUp) -> str | None:
@@ -104,7 +131,13 @@ class GivingBack:
     """
 
     def __init__(
-        self, path: str, identity: Identity, descriptor: int | None, former_size: int | None, given_up: GivenUp
+        self,
+        path: str,
+        identity: Identity,
+        descriptor: int | None,
+        former_size: int | None,
+        longest: int,
+        given_up: GivenUp,
     ) -> None:
         self.warning: str | None = None
         self._path = path
@@ -114,6 +147,7 @@ class GivingBack:
             "inode": identity.inode,
             "descriptor": descriptor,
             "former_size": former_size,
+            "longest": longest,
         }
         self._helper = _Helper("give-back", path, given_up, () if descriptor is None else (descriptor,))
 
@@ -130,13 +164,17 @@ class GivingBack:
 
 
 class _Helper:
-    """One helper process and the socket to it. `descriptor`: the file that came with its first answer."""
+    """One helper process and the socket to it. `descriptor`: the file that came with its first answer.
+
+    `gone`: it has died before it was asked to end.
+    """
 
     def __init__(self, what: str, path: str, given_up: GivenUp, descriptors: Sequence[int] = ()) -> None:
         self._path = path
         self._given_up = given_up
         self._received = b""
         self.descriptor: int | None = None
+        self.gone = False
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -168,6 +206,7 @@ class _Helper:
                 continue
             data = self._receive()
             if not data:
+                self.gone = True
                 raise Failed("the helper process for it has died", subject=self._path, advice="see the daemon's log")
             self._received += data
         line, _, self._received = self._received.partition(b"\n")

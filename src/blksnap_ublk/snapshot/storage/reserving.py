@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import socket
 import stat
 import sys
@@ -21,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from blksnap_ublk.errors import BlksnapError, Busy, Failed, Unsupported, from_os_error
+from blksnap_ublk.errors import BlksnapError, Failed, Unsupported, from_os_error
 from blksnap_ublk.host import extents, filesystem, superblock
 from blksnap_ublk.host.inode_flags import InodeFlags, inode_flags, is_realtime, set_immutable
 from blksnap_ublk.host.number import DeviceNumber
@@ -38,6 +37,7 @@ from blksnap_ublk.snapshot.storage.beneath import (
     verify_pieces,
 )
 from blksnap_ublk.snapshot.storage.descriptors import DescriptorRegistry
+from blksnap_ublk.snapshot.storage.sole_use import only_here
 from blksnap_ublk.snapshot.storage.target import Target
 
 _UNFIT = {
@@ -151,22 +151,11 @@ class Reserving:
     def _pin(self, target: Target) -> None:
         """From now on nobody can open it to write, and nobody has it open so."""
         descriptor = target.descriptor
-        named = target.kind is AreaKind.FILE and not target.publish
-        if named:
-            signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody opens it meanwhile, and then finds it immutable
-            try:
-                fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            except OSError as error:
-                if error.errno == errno.EAGAIN:
-                    advice = "end what has it open, or name another file"
-                    raise Busy("is open elsewhere", subject=self._spec.path, errno="EBUSY", advice=advice) from None
-                named = False  # leases are switched off
-        try:
+        with ExitStack() as alone:
+            if target.kind is AreaKind.FILE and not target.publish:
+                alone.enter_context(only_here(descriptor, self._spec.path))
             self._undoing.callback(_unpin, descriptor)
-            set_immutable(descriptor, True)
-        finally:
-            if named:
-                fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            set_immutable(descriptor, True)  # who has waited to open it finds it so
 
     def _pieces(self, target: Target, size: int, unit: int) -> list[Piece]:
         ranges = target.byte_ranges(size)
@@ -181,10 +170,12 @@ class Reserving:
         return cut(sorted(set(found), key=lambda extent: extent.start), self._seat, ranges, unit)
 
 
-def give_back(path: str, identity: Identity, descriptor: int | None, former_size: int | None) -> None:
+def give_back(path: str, identity: Identity, descriptor: int | None, former_size: int | None, longest: int) -> None:
     """Lets the file system and others have the file again: not immutable, cut back to `former_size` bytes or, if that
-    is -1, removed. None: its size stays. Without `descriptor` it is found by `path`, if that still leads to it.
+    is -1, removed. None: its size stays. Without `descriptor` it is found by `path`, if that still leads to it, and is
+    left as it is where somebody else has locked it.
 
+    `longest`: bytes that it was made long; where it is longer than that others have written to it, and its size stays.
     Raises OSError.
     """
     handle = -1
@@ -199,12 +190,18 @@ def give_back(path: str, identity: Identity, descriptor: int | None, former_size
                 handle = -1
         if descriptor is None and handle < 0:
             return
+        if descriptor is None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         at_hand = handle if descriptor is None else descriptor
         set_immutable(at_hand, False)
         if former_size == -1 and handle >= 0:
             os.unlink(path)
-        elif former_size is not None and former_size >= 0 and os.fstat(at_hand).st_size > former_size:
-            os.truncate(f"/proc/self/fd/{at_hand}", former_size)
+        elif former_size is not None and former_size >= 0:
+            size = os.fstat(at_hand).st_size
+            if size > longest > former_size:
+                raise OSError(errno.EFBIG, f"has {size} bytes and was made no longer than {longest}: left as it is")
+            if former_size < size <= longest:
+                os.truncate(f"/proc/self/fd/{at_hand}", former_size)
     finally:
         if handle >= 0:
             os.close(handle)
@@ -260,7 +257,7 @@ def _give_back(connection: socket.socket, orders: Any) -> int:
     descriptor = order["descriptor"]
     identity = Identity(DeviceNumber(*order["filesystem"]), order["inode"])
     try:
-        give_back(order["path"], identity, descriptor, order["former_size"])
+        give_back(order["path"], identity, descriptor, order["former_size"], order["longest"])
     except OSError as error:
         _answer(connection, {"error": "Failed", "message": str(from_os_error(error, subject=order["path"]))})
     else:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
-from blksnap_ublk.errors import Unsupported, UsageError
+from blksnap_ublk.errors import NotFound, Unsupported, UsageError
 from blksnap_ublk.host import blockdev, stack
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.snapshot.spec import SECTOR, SectorRange, Spec
@@ -56,6 +57,15 @@ class Target:
             text = f"the range {each} lies outside of the {what}, which has {size // SECTOR} sectors"
             raise UsageError(text, subject=self.spec.path)
         return each.start * SECTOR, each.count * SECTOR
+
+
+def refuse_beneath_off_limits(path: str, identity: Identity, off_limits: Collection[DeviceNumber]) -> None:
+    """Raises Unsupported for a file that holds the data of an origin or of a device of ours, through a loop device."""
+    for device in off_limits:
+        with suppress(NotFound):
+            if identity in stack.files_beneath(device):
+                text = f"holds the data of {blockdev.node_path(device)}"
+                raise Unsupported(text, subject=path, advice="name another file")
 
 
 def refuse_off_limits(path: str, devices: Collection[DeviceNumber], off_limits: Collection[DeviceNumber]) -> None:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""The check of what was adopted, and the end of the quarantine of what dead io processes may still write to."""
+
+from __future__ import annotations
+
+import time
+
+from blksnap_ublk.ioproc import messages
+from blksnap_ublk.snapshot import releasing
+from blksnap_ublk.snapshot.catalogue import SnapshotEntry
+from blksnap_ublk.snapshot.context import Context
+
+
+def begin(context: Context, snapshots: list[SnapshotEntry]) -> None:
+    """Tells the io process that all that was left is adopted, or lost. Repeatable. Raises IoRefused, Failed."""
+    context.quarantine = True
+    inventory = context.io.inventory()
+    context.sweeping = not inventory.swept
+    if context.sweeping:
+        there = {report.image for report in inventory.images}
+        lost = {image.serial for entry in snapshots for image in entry.images if image.key not in there}
+        context.io.call(messages.Sweep(sorted(lost)))
+
+
+def wait(context: Context, seconds: float) -> None:
+    """For the end of the check, at most so many seconds. Raises Failed when the io process has gone."""
+    end = time.monotonic() + seconds
+    while context.sweeping:
+        context.sweeping = not context.io.inventory().swept
+        if time.monotonic() > end:
+            return
+        if context.sweeping:
+            time.sleep(0.01)
+
+
+def look(context: Context) -> None:
+    """To be called again and again. Raises IoRefused, Failed, OSError."""
+    wait(context, 0)
+    if context.quarantine and releasing.late_writes_end(context, 0):
+        context.io.call(messages.EndQuarantine())
+        context.quarantine = False

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""kill -9 of the processes of a test's daemon, and what must be so again afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from blksnap_ublk.errors import BlksnapError
+from blksnap_ublk.forms import DeviceState
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
+
+SPARES = ("io-spare", "control-spare")
+EVERYBODY = ("keeper", "io", "control", *SPARES)
+NEVER_A_LIFEBOAT = {"BLKSNAP_UBLK_LIFEBOAT_AFTER": "0"}
+
+
+@contextmanager
+def mortal_daemon() -> Iterator[OwnDaemon]:
+    """A daemon whose io process may die as often as one likes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in NEVER_A_LIFEBOAT.items():
+            patch.setenv(name, value)
+        with own_daemon() as daemon:
+            yield daemon
+
+
+def pid_of(daemon: OwnDaemon, role: str) -> int | None:
+    """None where there is no such process at the moment."""
+    try:
+        return daemon.pid(role)
+    except (KeyError, OSError, ValueError):
+        return None
+
+
+def kill(daemon: OwnDaemon, *roles: str) -> None:
+    """kill -9 of all of them at once, but those that nobody is at the moment; does not wait for anything."""
+    for pid in [pid_of(daemon, role) for role in roles]:
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def kill_and_wait(daemon: OwnDaemon, *roles: str) -> None:
+    """The same, and returns when others have their places and the daemon answers."""
+    former = {role: pid_of(daemon, role) for role in roles}
+    kill(daemon, *roles)
+    if set(EVERYBODY) - set(SPARES) <= set(roles):
+        daemon.start()
+    for role in set(roles) - set(SPARES):
+        wait_until(f"another {role} process runs", lambda role=role: pid_of(daemon, role) not in (None, former[role]))  # type: ignore[misc]
+    wait_until("the daemon answers", lambda: answers(daemon))
+
+
+def answers(daemon: OwnDaemon) -> bool:
+    """Whether it can be asked, and all its devices are served."""
+    try:
+        with daemon.client() as client:
+            return all(device.state is DeviceState.LIVE for device in client.list_devices())
+    except BlksnapError:
+        return False
