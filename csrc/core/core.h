@@ -232,6 +232,7 @@ uint64_t bsu_gate_rested(const struct bsu_device *dev);
  * the image mark the intervals before and after it.
  */
 int bsu_prepare_take(struct bsu_device *dev, struct bsu_image *image);
+/* -EBUSY also while the next younger image of its chain is GONE: that one goes first. */
 int bsu_prepare_drop(struct bsu_device *dev, struct bsu_image *image);
 void bsu_prepare_cancel(struct bsu_device *dev);
 /*

@@ -115,6 +115,20 @@ static bool fits_chain(const struct bsu_device *dev, const struct bsu_image *ima
 	return !chain || chain->image[0]->map.arena == image->map.arena;
 }
 
+/*
+ * The image after @image in its chain was going when a process died: it may
+ * have tables and leaves in common with @image, and has to go first.
+ */
+static bool goes_later(const struct bsu_device *dev, const struct bsu_image *image)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), image->storage);
+
+	for (unsigned int k = 0; k + 1 < chain->nr_images; k++)
+		if (chain->image[k] == image)
+			return bsu_image_status(chain->image[k + 1], NULL) == BSU_IMAGE_GONE && !MUTANT(BSU_MUTANT_OLDER_FIRST);
+	return false;
+}
+
 static int prepare(struct bsu_device *dev, struct bsu_image *image, bool take)
 {
 	if (dev->next_view || dev->settling != BSU_SETTLE_IDLE)
@@ -123,6 +137,8 @@ static int prepare(struct bsu_device *dev, struct bsu_image *image, bool take)
 		return -EINVAL;
 	if (take && !fits_chain(dev, image))
 		return -EINVAL;
+	if (!take && goes_later(dev, image))
+		return -EBUSY;
 	dev->next_view = view_change(atomic_load(&dev->view), take ? image : NULL, take ? NULL : image);
 	if (!dev->next_view)
 		return -ENOMEM;

@@ -11,11 +11,12 @@ from contextlib import suppress
 import msgspec
 
 from blksnap_ublk.cbt import HistoryError
-from blksnap_ublk.errors import BlksnapError, Failed, NotFound, from_os_error
+from blksnap_ublk.errors import BlksnapError, Busy, Failed, NotFound, from_os_error
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.snapshot import disks, naming, releasing, same_device, taking
 from blksnap_ublk.snapshot.catalogue import ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.state_files import ImageStatus
 
 _HAND_OVER_LIMIT = 600.0  # seconds in which an image hands to older ones what they need; it comes in portions
 TRY_LIMIT = 60.0  # the same where others wait for the end of the attempt
@@ -41,6 +42,19 @@ def devices_of(context: Context, snapshot: SnapshotEntry) -> set[str]:
     return {*snapshot.members, *(image.device for image in snapshot.images), *known}
 
 
+def _refuse_before_younger(context: Context, entry: SnapshotEntry) -> None:
+    """Raises Busy while a younger snapshot, which reads through the same maps, is half removed: it has to go first."""
+    serials = {image.device: image.serial for image in entry.images}
+    for other in naming.snapshots_in(context.catalogue, entry.storage_key):
+        for image in other.images:
+            if image.serial <= serials.get(image.device, image.serial):
+                continue
+            state = context.state.image_state(naming.image_state_name(image))
+            if state is not None and state.status is ImageStatus.GONE:
+                text = f"the removal of snapshot {other.id}, which is younger, has not ended"
+                raise Busy(text, subject=f"snapshot {entry.id}", errno="EBUSY", advice="try again soon")
+
+
 def destroy_locked(
     context: Context, snapshot: SnapshotEntry, *, force: bool, limit: float = _HAND_OVER_LIMIT
 ) -> list[str]:
@@ -53,6 +67,7 @@ def destroy_locked(
     if entry is None:
         raise NotFound("no such snapshot", subject=snapshot.id)
     warnings = _users(context, entry, force=force)
+    _refuse_before_younger(context, entry)
     if entry.lost is not None:
         releasing.refuse_late_writes(context, f"snapshot {entry.id}")
     was_told_of = entry.phase is not Phase.CREATING

@@ -47,7 +47,7 @@ def detach(context: Context, device: DeviceEntry, *, force: bool) -> tuple[list[
             disks.refuse_used(entry.served.ublk_id)
         warnings = [f"{path}: {user} gets errors from now on" for user in users]
         with _going(context, entry):
-            for snapshot in (*held, *stored):
+            for snapshot in sorted((*reversed(held), *stored), key=lambda each: each.phase is not Phase.DESTROYING):
                 warnings += destroy.destroy_locked(context, snapshot, force=True)
                 whose = "its snapshot" if snapshot in held else "the difference storage on it, with its snapshot"
                 warnings.append(f"{path}: {whose} {snapshot.id} was destroyed{_with_others(snapshot, entry)}")

@@ -33,9 +33,7 @@ def rebuild_devices(context: Context, inventory: messages.Inventory, known: Coll
     name of each becomes that of its origin. Each is told in the log.
     """
     found = {
-        report.device: report.ublk_id
-        for report in inventory.devices
-        if report.serving and report.ublk_id is not None
+        report.device: report.ublk_id for report in inventory.devices if report.serving and report.ublk_id is not None
     }
     prefix = naming.origin_descriptor_name("")
     held = (name.removeprefix(prefix) for name in _held_names(context) if name.startswith(prefix))

@@ -65,7 +65,7 @@ def clear_away(context: Context) -> None:
     """What is left of snapshots that were lost, or whose taking or removal was broken off. May wait."""
     if context.sweeping:
         return
-    for snapshot in context.catalogue.snapshots():
+    for snapshot in reversed(context.catalogue.snapshots()):  # one that was going goes before anything older
         lost = snapshot.lost is not None and any(each.served for each in snapshot.images)
         if not lost and snapshot.id not in context.unsettled | context.unfinished:
             continue
@@ -128,7 +128,7 @@ def _reconcile(context: Context) -> None:
             for snapshot in snapshots:
                 if snapshot.id in context.waiting:
                     _guarded(f"snapshot {snapshot.id}", images.serve, context, snapshot.id)
-            for snapshot in _of(context, keys):
+            for snapshot in reversed(_of(context, keys)):
                 _guarded(f"snapshot {snapshot.id}", _clear_away, context, snapshot)
         for device in known:
             if device.phase is not Phase.ACTIVE:

@@ -59,6 +59,7 @@ def test_who_comes_or_goes_is_no_victim() -> None:
     b, d = snapshot("b", "d"), snapshot("d", "d")
     assert chosen([going, b]) is None
     assert chosen([b, comes]) is None
+    assert victim([b, comes], (), writers_wait=False, coming=True) == b
     assert chosen([b, d, comes]) == "b"
     assert chosen([comes, d]) is None
 

@@ -8,15 +8,18 @@ from collections.abc import Collection, Sequence
 from blksnap_ublk.snapshot.catalogue import Phase, SnapshotEntry
 
 
-def victim(snapshots: Sequence[SnapshotEntry], broken: Collection[str], *, writers_wait: bool) -> SnapshotEntry | None:
+def victim(
+    snapshots: Sequence[SnapshotEntry], broken: Collection[str], *, writers_wait: bool, coming: bool = False
+) -> SnapshotEntry | None:
     """The snapshot of a storage that is to go next, as long as one that is complete and not broken stays: broken ones
     first, then the oldest; None where none can.
 
     `snapshots` are all that use the storage, oldest first; `broken` the ids of those that are. While writers wait for
-    room only such snapshots can go whose end does not need the writers to come to rest first.
+    room only such snapshots can go whose end does not need the writers to come to rest first. `coming`: who could go if
+    those that are being taken were complete.
     """
     here = [entry for entry in snapshots if entry.phase is not Phase.DESTROYING]
-    healthy = [entry for entry in here if entry.phase is Phase.ACTIVE and entry.id not in broken]
+    healthy = [entry for entry in here if (coming or entry.phase is Phase.ACTIVE) and entry.id not in broken]
     if not healthy:
         return None
     candidates = [entry for entry in here if entry.id in broken] + healthy[:-1]

@@ -82,8 +82,9 @@ class OneStorage:
         lost = {entry.id for entry in snapshots if self._is_lost(entry)}
         if len(lost) == len(snapshots):
             return
-        evicted = victim(snapshots, lost, writers_wait=state.waiting > 0)
-        facts = self._facts(storage, state, snapshots, evictable=evicted is not None)
+        # Writers must wait as soon as a snapshot has been taken that can be the one that stays.
+        evictable = victim(snapshots, lost, writers_wait=state.waiting > 0, coming=True) is not None
+        facts = self._facts(storage, state, snapshots, evictable=evictable)
         decision = behaviour.decide(facts)
         self._tell_io(storage, decision)
         self._tell_waiting(facts, snapshots)
@@ -91,7 +92,7 @@ class OneStorage:
             self._failed = False  # not wanted at present
         elif now >= self._grow_at:
             self._growth.start(partial(self._grow, decision.grow))
-        if decision.evict and evicted is not None and now >= self._evict_at:
+        if decision.evict and now >= self._evict_at:
             self._eviction.start(partial(self._evict, facts))
         if now >= self._search_at and self._growth.start(partial(self._look_for_damage, storage)):
             self._search_at = now + SEARCH_EVERY
@@ -228,6 +229,7 @@ class OneStorage:
         with self._context.locks.holding(keys):
             entry = self._victim(facts)
             if entry is None:
+                self._evict_at = time.monotonic() + EVICT_AGAIN
                 return
             _log.warning("snapshot %s: evicted, its difference storage is full", entry.id)
             if entry.id not in self._evicted:

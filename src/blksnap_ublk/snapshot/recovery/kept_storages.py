@@ -33,7 +33,6 @@ def adopt(context: Context, key: str, known: messages.StorageReport | None) -> N
             if not context.io.lost():
                 context.io.end(messages.CloseStorage(key))
             raise
-    adopting.adopt(context, storage)
 
 
 def _adopt(context: Context, storage: StorageEntry, known: messages.StorageReport | None) -> None:
