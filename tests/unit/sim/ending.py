@@ -96,6 +96,11 @@ def read_images(world: World) -> None:
         for start in range(0, held.disk.count, READ_SECTORS):
             world.read_image(number, start, READ_SECTORS)
             complete_all(world)
+            # A write that a dead process left is begun again here, and may wait for map memory.
+            for _ in range(4):
+                if world.requests:
+                    world.tick(MAP_LIMIT_NS)
+                    complete_all(world)
         if held.image.status[0] is ImageStatus.ACTIVE and not held.unreadable and not held.store.damaged:
             assert held.sim.first_wrong(held.image, held.content.words) is None
         for interval in held.intervals:
