@@ -9,7 +9,6 @@ Ends with 0 when everything is as promised, otherwise with 1 and one line that s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -23,6 +22,8 @@ if __name__ == "__main__":
 
 from blksnap_ublk import connect
 from blksnap_ublk.errors import BlksnapError
+from blksnap_ublk.keeper.processes import read_processes
+from blksnap_ublk.keeper.runtime import RuntimePaths
 from demo import steps
 from demo.disks import bench, memory_available
 from demo.load import Load
@@ -99,7 +100,7 @@ def _end_daemon(runtime: Path) -> None:
 
 
 def _processes(runtime: Path) -> list[int]:
-    return [int(pid) for pid in json.loads((runtime / "daemon.lock").read_text()).values()]
+    return [member.pid for member in read_processes(RuntimePaths(runtime).processes).processes.values()]
 
 
 def _left_alive(processes: list[int]) -> list[int]:
