@@ -53,6 +53,7 @@ int bsu_device_resize(struct bsu_device *dev, uint64_t size, void *bitmap, void 
 		/* The last block was trimmed up to the former end, and is longer now. */
 		if (size > former && former & (dev->tracking_block - 1))
 			bsu_bits_clear(swallowed, dev->old_blocks - 1, dev->old_blocks - 1);
+		/* A plain pointer: only what has passed the gate uses it, and the control thread. */
 		dev->swallowed = swallowed;
 	}
 	atomic_store(&dev->size, size);

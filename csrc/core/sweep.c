@@ -72,25 +72,24 @@ void bsu_sweep_free(struct bsu_sweep *sweep)
 	free(sweep);
 }
 
-static int append(void *array, unsigned int *count, const void *object)
+int bsu_sweep_add_image(struct bsu_sweep *sweep, struct bsu_image *image)
 {
-	const void ***objects = array;
-	const void **grown = realloc(*objects, (*count + 1) * sizeof(*grown));
+	struct bsu_image **grown = realloc(sweep->image, (sweep->nr_images + 1) * sizeof(*grown));
 
 	if (!grown)
 		return -ENOMEM;
-	*objects = grown;
-	grown[(*count)++] = object;
+	sweep->image = grown;
+	grown[sweep->nr_images++] = image;
 	return 0;
-}
-
-int bsu_sweep_add_image(struct bsu_sweep *sweep, struct bsu_image *image)
-{
-	return append(&sweep->image, &sweep->nr_images, image);
 }
 
 int bsu_sweep_add_storage(struct bsu_sweep *sweep, struct bsu_storage *storage)
 {
+	struct bsu_storage **grown = realloc(sweep->storage, (sweep->nr_storages + 1) * sizeof(*grown));
+
+	if (!grown)
+		return -ENOMEM;
+	sweep->storage = grown;
 	/* Areas that are added from now on were never used before. */
 	storage->adopted = (uint32_t)min_u64(storage->adopted, atomic_load(&storage->state->capacity));
 	for (unsigned int at = 0; at < atomic_load(&storage->nr_areas); at++) {
@@ -101,7 +100,8 @@ int bsu_sweep_add_storage(struct bsu_sweep *sweep, struct bsu_storage *storage)
 		if (area->adopted && !area->kept)
 			return -ENOMEM;
 	}
-	return append(&sweep->storage, &sweep->nr_storages, storage);
+	grown[sweep->nr_storages++] = storage;
+	return 0;
 }
 
 /* What is older in the chain may read through its map. */
