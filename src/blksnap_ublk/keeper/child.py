@@ -18,15 +18,22 @@ beginning, so neither comes too early.
 
 import argparse
 import json
+import logging
 import os
+import select
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blksnap_ublk.keeper import ring_locks
+from blksnap_ublk.keeper.identity import Identity
+from blksnap_ublk.keeper.processes import read_processes
 from blksnap_ublk.keeper.runtime import RuntimePaths
+
+log = logging.getLogger(__name__)
 
 EXIT_NOTHING_LEFT = 0
 """Exit status of control after SIGTERM when no ublk device of ours is left: the state files may go."""
@@ -48,6 +55,9 @@ ALIVE = "alive"
 
 ALIVE_INTERVAL = 5.0
 """Seconds between two signs of life of a control process."""
+
+FORGOTTEN_LOOK = 2.0
+"""Seconds between two looks of one that waits for its turn at whether anybody knows of it."""
 
 
 @dataclass
@@ -86,13 +96,22 @@ class ChildStart:
     def wait_for_turn(self) -> None:
         """Return when this process is to serve; nothing may be left to import, to read or to allocate then.
 
-        Both signals of the turn stay blocked: whoever wants them later has to unblock them.
+        Both signals of the turn stay blocked: whoever wants them later has to unblock them. Ends the process when
+        nobody will ever tell it: its keeper died between its start and the record of it.
         """
         if self.ring_lock is not None:
             ring_locks.sign(self.ring_lock)
-        signal.pthread_sigmask(signal.SIG_BLOCK, (TURN, TURN_AS_LIFEBOAT))
+        turns = (TURN, TURN_AS_LIFEBOAT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, turns)
         self._tell(STANDS_BY)
-        self.lifeboat = signal.sigwait((TURN, TURN_AS_LIFEBOAT)) == TURN_AS_LIFEBOAT
+        forgotten = 0
+        while (told := signal.sigtimedwait(turns, FORGOTTEN_LOOK)) is None:
+            # Twice: a look while the record is written may find none.
+            forgotten = forgotten + 1 if self._is_forgotten() else 0
+            if forgotten == 2:
+                log.error("the keeper died before it had a record of this process, which ends as well")
+                sys.exit(1)
+        self.lifeboat = told.si_signo == TURN_AS_LIFEBOAT
 
     def ready(self) -> None:
         """Tell the keeper that this process serves. Called once, `failed` not after it."""
@@ -109,6 +128,15 @@ class ChildStart:
         """
         self._tell(f"{exit_code} {' '.join(text.split())}")
         self._close()
+
+    def _is_forgotten(self) -> bool:
+        """Whether the keeper that started it is gone, and no record is there by which another one would find it."""
+        reader = select.poll()
+        reader.register(self._ready, 0)
+        if not reader.poll(0):
+            return False
+        this, recorded = Identity.of(), read_processes(self.paths.processes).processes
+        return all((each.pid, each.started) != (this.pid, this.started) for each in recorded.values())
 
     def _tell(self, line: str) -> None:
         if self._ready >= 0:

@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -111,6 +111,7 @@ class Keeper:
         self._roles: dict[str, Role] = {}
         self._stopping = False
         self._leaving = False
+        self._adopting = False
         self._owner = False
         self._served = False
         self._start_failed = 0
@@ -238,8 +239,9 @@ class Keeper:
         else:
             self._on_io_death()
         control = processes.get("control")
-        self._roles["control"].adopt(control, processes.get(spare_of("control")))
-        self._roles["io"].adopt(processes.get("io"), processes.get(spare_of("io")))
+        with self._one_record():
+            self._roles["control"].adopt(control, processes.get(spare_of("control")))
+            self._roles["io"].adopt(processes.get("io"), processes.get(spare_of("io")))
         if "io" not in processes:
             self._roles["io"].start()
         if control is None:
@@ -283,8 +285,18 @@ class Keeper:
 
     # ---- life ----
 
+    @contextmanager
+    def _one_record(self) -> Iterator[None]:
+        """Several roles adopt: another keeper, if this one dies, finds all of what lives or what was there before."""
+        self._adopting = True
+        try:
+            yield
+        finally:
+            self._adopting = False
+            self._write_record()
+
     def _write_record(self) -> None:
-        if not self._owner or self._leaving:
+        if not self._owner or self._leaving or self._adopting:
             return
         this = Identity.of()
         self._record.processes = {"keeper": Member(this.pid, this.started)}
@@ -401,8 +413,9 @@ class Keeper:
         processes = adopted(self._loop, actives)
         self._served = True
         assert self._log is not None
-        for name in ROLES:
-            self._roles[name].adopt(processes.get(name), None)
+        with self._one_record():
+            for name in ROLES:
+                self._roles[name].adopt(processes.get(name), None)
         takeover.switch(self._roles["io"], self._roles["control"])
 
     # ---- end ----

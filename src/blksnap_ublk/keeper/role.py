@@ -108,6 +108,8 @@ class Role:
             self._active = active
             active.said = lambda line: self._said(active, line)
             active.exited = lambda status: self._exited(active, status)
+            # The keeper before may have died between the record and the word. One that has been told ignores it.
+            active.signal(TURN_AS_LIFEBOAT if self.lifeboat() else TURN)
             self._began = time.monotonic()
             self._became_ready()
         if spare is not None:
@@ -191,6 +193,8 @@ class Role:
         self._last_words = None
         self._began = time.monotonic()
         lifeboat = self.lifeboat()
+        # In the record first: one that is active and that no other keeper would find could never be replaced.
+        self._events.changed()
         process.signal(TURN_AS_LIFEBOAT if lifeboat else TURN)
         if lifeboat:
             log.error("%s process %d takes over as a lifeboat", self.name, process.member.pid)
@@ -198,7 +202,6 @@ class Role:
             log.info("%s process %d takes over", self.name, process.member.pid)
         if self._serves:
             self._later(SPARE_DELAY, self._make_spare)
-        self._events.changed()
 
     def _said(self, process: Process, line: str) -> None:
         if line == STANDS_BY:
