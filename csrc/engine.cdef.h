@@ -36,6 +36,7 @@ size_t bsu_arena_bytes(const struct bsu_arena *arena);
 
 struct bsu_storage_config {
 	uint32_t unit;
+	uint64_t number;
 	void *state;
 	bool adopt;
 };
@@ -145,7 +146,11 @@ struct bsu_thread_config {
 	unsigned int entries;
 	unsigned int slots;
 	bool io_flusher;
+	int buffers_fd;
+	uint64_t buffers_offset;
 };
+size_t bsu_thread_buffers_bytes(size_t pool_bytes);
+int bsu_store_unstored(const struct bsu_storage *storage, const void *buffers, size_t pool_bytes);
 struct bsu_thread *bsu_thread_start(const struct bsu_thread_config *config, int *err);
 int bsu_thread_stop(struct bsu_thread *thread, unsigned int timeout_ms);
 int bsu_thread_add_barrier(struct bsu_thread *thread, int fd);
@@ -250,7 +255,9 @@ void bsu_sim_free(struct bsu_sim *sim);
 int bsu_sim_add_file(struct bsu_sim *sim, uint64_t bytes);
 struct bsu_file *bsu_sim_file(struct bsu_sim *sim, unsigned int file);
 void *bsu_sim_data(struct bsu_sim *sim, unsigned int file);
-int bsu_sim_add_thread(struct bsu_sim *sim, size_t pool_bytes);
+size_t bsu_pool_unstored_bytes(size_t bytes);
+int bsu_sim_add_thread(struct bsu_sim *sim, size_t pool_bytes, void *unstored, void *memory);
+unsigned int bsu_sim_store_unstored(const struct bsu_storage *storage, const void *unstored, const void *buffers, size_t bytes);
 size_t bsu_sim_pool_used(struct bsu_sim *sim, unsigned int thread);
 int bsu_sim_add_queue(struct bsu_sim *sim, unsigned int thread, struct bsu_device *device, struct bsu_image *image,
 		      unsigned int depth, bool zero_copy);

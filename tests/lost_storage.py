@@ -78,6 +78,8 @@ class LostStorage:
 
     def expect_lost(self, state: str, reason: str) -> None:
         """The snapshot is marked and says why; its image gives EIO everywhere; there was one event that says so."""
+        # Writers do not wait for the storage: what it says comes later.
+        self.wait_until_lost()
         shown = self.show()
         assert (shown.state.value, shown.images[0].state.value) == (state, state), self.daemon.log()
         assert reason in str(shown.error), shown.error

@@ -54,6 +54,14 @@ uint64_t bsu_chain_run(const struct bsu_chain *chain, unsigned int k, uint64_t u
 	return min_u64(run, max);
 }
 
+void bsu_chain_break_slot(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t unit, uint32_t slot, int error)
+{
+	for (unsigned int k = 0; k < chain->nr_images; k++)
+		if (bsu_chain_slot(chain, k, unit) == slot)
+			bsu_image_break(chain->image[k], BSU_IMAGE_CORRUPTED, error);
+	queue->ops->notify(queue->ctx);
+}
+
 void bsu_chain_break(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t unit, enum bsu_image_status status, int error)
 {
 	for (unsigned int k = chain->nr_images; k-- > 0;) {

@@ -39,15 +39,32 @@ void bsu_claim_add(struct bsu_device *dev, struct bsu_claim *claim)
 	*at = claim;
 }
 
+void bsu_claim_wake(struct bsu_claim *claim, struct bsu_tasks *woken)
+{
+	struct bsu_task *task;
+
+	while ((task = bsu_tasks_pop(&claim->waiters)))
+		if (!MUTANT(BSU_MUTANT_LOSE_WAITER))
+			bsu_tasks_push(woken, task);
+}
+
 void bsu_claim_remove(struct bsu_device *dev, struct bsu_claim *claim, struct bsu_tasks *woken)
 {
 	struct bsu_claim **at = bucket(dev, claim->storage, claim->leaf);
-	struct bsu_task *task;
 
 	while (*at != claim)
 		at = &(*at)->next;
 	*at = claim->next;
-	while ((task = bsu_tasks_pop(&claim->waiters)))
-		if (!MUTANT(BSU_MUTANT_LOSE_WAITER))
-			bsu_tasks_push(woken, task);
+	bsu_claim_wake(claim, woken);
+}
+
+const struct bsu_copy *bsu_claim_copy(struct bsu_device *dev, const struct bsu_storage *storage, uint64_t unit, uint32_t slot)
+{
+	uint64_t leaf = unit / BSU_LEAF_UNITS;
+
+	for (struct bsu_claim *claim = *bucket(dev, storage, leaf); claim; claim = claim->next)
+		if (claim->early && claim->storage == storage && claim->leaf == leaf &&
+		    claim->mask >> (unit % BSU_LEAF_UNITS) & 1 && slot - 1 == claim->early->place + (unit - claim->early->unit))
+			return claim->early;
+	return NULL;
 }

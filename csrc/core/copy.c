@@ -2,7 +2,9 @@
 /*
  * Preserving a run of units: read the old data from the origin, write it to
  * the difference storage, complete the records, publish. Only then does the
- * request that wants to overwrite the units go on. When anything fails, the
+ * request that wants to overwrite the units go on; or, where buffers outlive the
+ * process, as soon as the data is in one (early release), and what cannot be
+ * stored then breaks the images that need it. When anything else fails, the
  * images that lack the units are broken first and the request goes on as well.
  */
 #include <string.h>
@@ -22,15 +24,19 @@ void bsu_copy_claim(struct bsu_copy *copy, struct bsu_request *rq, struct bsu_im
 	copy->count = count;
 	copy->place = place;
 	copy->given_up = false;
+	copy->early = false;
+	copy->unstored = NULL;
 	copy->slow = false;
 	copy->buf = NULL;
 	copy->nr_claims = 0;
 	memset(copy->bad, 0, sizeof(copy->bad));
+	memset(copy->unpublished, 0, sizeof(copy->unpublished));
 	while (unit < end) {
 		uint64_t leaf = unit / BSU_LEAF_UNITS;
 		uint64_t stop = min_u64(end, (leaf + 1) * BSU_LEAF_UNITS);
 		struct bsu_claim *claim = &copy->claim[copy->nr_claims++];
 
+		claim->early = NULL;
 		claim->storage = image->storage;
 		claim->leaf = leaf;
 		claim->mask = ~0ull >> (64 - (stop - unit)) << (unit % BSU_LEAF_UNITS);
@@ -44,28 +50,40 @@ static size_t copy_bytes(const struct bsu_copy *copy)
 	return (size_t)copy->count << copy->image->dev->unit_shift;
 }
 
-/* Whoever waits for the units of this copy, its own request included, looks again. */
-static void release_waiters(struct bsu_queue *queue, struct bsu_copy *copy)
+static void release_request(struct bsu_queue *queue, struct bsu_copy *copy)
 {
-	struct bsu_device *dev = copy->image->dev;
 	struct bsu_request *rq = copy->rq;
-	struct bsu_tasks woken = { 0 };
-	struct bsu_task *task;
 
 	copy->rq = NULL;
 	if (rq && !--rq->pending) {
 		rq->task.run = bsu_write_again;
 		bsu_task_ready(queue, &rq->task);
 	}
+}
+
+/*
+ * device.lock held, still: another queue may run a task, end and be freed before
+ * we have woken it, but leaving the device takes the lock.
+ */
+static void wake_all(struct bsu_queue *queue, struct bsu_tasks *woken)
+{
+	struct bsu_task *task;
+
+	while ((task = bsu_tasks_pop(woken)))
+		bsu_task_ready(queue, task);
+}
+
+/* Whoever waits for the units of this copy, its own request included, looks again. */
+static void release_waiters(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_device *dev = copy->image->dev;
+	struct bsu_tasks woken = { 0 };
+
+	release_request(queue, copy);
 	pthread_mutex_lock(&dev->lock);
 	while (copy->nr_claims)
 		bsu_claim_remove(dev, &copy->claim[--copy->nr_claims], &woken);
-	/*
-	 * Still locked: another queue may run the task, end and be freed before we
-	 * have woken it, but leaving the device takes the lock.
-	 */
-	while ((task = bsu_tasks_pop(&woken)))
-		bsu_task_ready(queue, task);
+	wake_all(queue, &woken);
 	pthread_mutex_unlock(&dev->lock);
 }
 
@@ -74,9 +92,10 @@ static void copy_end(struct bsu_queue *queue, struct bsu_copy *copy)
 	struct bsu_image *image = copy->image;
 	struct bsu_task *task;
 
+	/* First: with a claim, others may look into the buffer. */
+	release_waiters(queue, copy);
 	if (copy->buf && !(MUTANT(BSU_MUTANT_LEAK_BUFFER) && copy->given_up))
 		bsu_pool_put(queue->pool, queue, image->storage, copy->buf, copy_bytes(copy));
-	release_waiters(queue, copy);
 	if (copy->older)
 		copy->older->newer = copy->newer;
 	else
@@ -171,12 +190,11 @@ static bool is_bad(const struct bsu_copy *copy, uint32_t at)
 	return copy->bad[at / 64] >> (at % 64) & 1 && !MUTANT(BSU_MUTANT_BAD_AS_GOOD);
 }
 
-static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
+static void complete_records(struct bsu_copy *copy)
 {
-	struct bsu_storage *storage = copy->image->storage;
-	const struct bsu_area *area = bsu_storage_area(storage, copy->place);
+	const struct bsu_area *area = bsu_storage_area(copy->image->storage, copy->place);
 	struct bsu_record *record = &area->records[copy->place - area->first];
-	uint32_t unit_bytes = storage->unit, published = 0;
+	uint32_t unit_bytes = copy->image->storage->unit;
 
 	for (uint32_t i = 0; i < copy->count; i++) {
 		const char *data = (const char *)copy->buf + (size_t)i * unit_bytes;
@@ -185,6 +203,13 @@ static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 			continue;
 		bsu_record_set(&record[i], copy->image->serial, false, copy->unit + i, bsu_crc32c(0, data, unit_bytes));
 	}
+}
+
+static void publish_slots(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_storage *storage = copy->image->storage;
+	uint32_t published = 0;
+
 	for (uint32_t i = 0; i < copy->count; i++) {
 		uint32_t slot = is_bad(copy, i) ? BSU_SLOT_BAD : copy->place + i + 1;
 		/* A sweep may have published what a former process had preserved. */
@@ -195,13 +220,129 @@ static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
 			continue;
 		}
 		published += first;
-		if (!first || slot == BSU_SLOT_BAD)
+		if (first && slot != BSU_SLOT_BAD)
+			continue;
+		if (copy->early)
+			copy->unpublished[i / 64] |= 1ull << (i % 64);
+		else
 			bsu_storage_return(storage, copy->place + i, 1);
 	}
 	atomic_fetch_add_explicit(&copy->image->state->preserved, published, memory_order_relaxed);
 	queue->counters.copied += copy_bytes(copy);
 	/* Readers must see the slots before the origin write that follows can reach the disk. */
 	atomic_thread_fence(memory_order_seq_cst);
+}
+
+static void copy_publish(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	complete_records(copy);
+	publish_slots(queue, copy);
+}
+
+/* Its limit begins again: it is the newest now, by age. */
+static void renew(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	copy->limit = copy->stored + queue->dev->copy_limit_ns;
+	if (!copy->newer)
+		return;
+	copy->newer->older = copy->older;
+	if (copy->older)
+		copy->older->newer = copy->newer;
+	else
+		queue->oldest = copy->newer;
+	copy->older = queue->newest;
+	copy->newer = NULL;
+	queue->newest->newer = copy;
+	queue->newest = copy;
+}
+
+static bool any_bad(const struct bsu_copy *copy)
+{
+	for (unsigned int i = 0; i < BSU_COPY_UNITS / 64; i++)
+		if (copy->bad[i])
+			return true;
+	return false;
+}
+
+/* The data is where it outlives us: it need not be stored for the origin to be overwritten. */
+static void release_early(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	struct bsu_storage *storage = copy->image->storage;
+	struct bsu_unstored *unstored = bsu_pool_unstored(queue->pool, copy->buf);
+	struct bsu_tasks woken = { 0 };
+
+	if (!unstored || any_bad(copy))
+		return;
+	copy->early = true;
+	copy->unstored = unstored;
+	/* Nobody waits for the storage: it has all of the time. */
+	renew(queue, copy);
+	unstored->storage = storage->number;
+	unstored->place = copy->place;
+	if (!MUTANT(BSU_MUTANT_UNSTORED_UNTOLD))
+		atomic_store_explicit(&unstored->units, copy->count, memory_order_release);
+	/* A successor sees what this thread has done in the order of the program: only the compiler could alter that. */
+	atomic_signal_fence(memory_order_seq_cst);
+	if (!MUTANT(BSU_MUTANT_UNSTORED_UNSEEN))
+		atomic_fetch_add(&storage->unstored, 1);
+	if (!MUTANT(BSU_MUTANT_UNSTORED_NOT_IN_FLIGHT))
+		bsu_flight_begin(queue);
+	complete_records(copy);
+	/* Locked: who finds a slot finds the buffer. */
+	pthread_mutex_lock(&queue->dev->lock);
+	publish_slots(queue, copy);
+	for (unsigned int i = 0; i < copy->nr_claims; i++) {
+		copy->claim[i].early = copy;
+		bsu_claim_wake(&copy->claim[i], &woken);
+	}
+	wake_all(queue, &woken);
+	pthread_mutex_unlock(&queue->dev->lock);
+	release_request(queue, copy);
+}
+
+/* Nobody needs the buffer of an early copy any more. */
+static void forget_unstored(struct bsu_queue *queue, struct bsu_copy *copy)
+{
+	if (!copy->unstored)
+		return;
+	atomic_store(&copy->unstored->units, 0);
+	copy->unstored = NULL;
+	if (!MUTANT(BSU_MUTANT_UNSTORED_UNSEEN))
+		atomic_fetch_sub(&copy->image->storage->unstored, 1);
+	if (!MUTANT(BSU_MUTANT_UNSTORED_NOT_IN_FLIGHT))
+		bsu_flight_end(queue);
+}
+
+/*
+ * An early copy cannot be stored: what reads it is broken, and then it is found
+ * nowhere any more. No map of an image that goes can have been given it, because
+ * it is in flight: see enum bsu_copy_state.
+ */
+static void take_back(struct bsu_queue *queue, struct bsu_copy *copy, int error)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&queue->dev->view), copy->image->storage);
+
+	for (uint32_t i = 0; i < copy->count; i++) {
+		uint64_t unit = copy->unit + i, bit = 1ull << (i % 64);
+		uint32_t slot = copy->place + i + 1;
+
+		if (copy->unpublished[i / 64] & bit)
+			continue;
+		if (chain && !MUTANT(BSU_MUTANT_UNSTORED_UNBROKEN))
+			bsu_chain_break_slot(queue, chain, unit, slot, error);
+		if (bsu_map_replace(&copy->image->map, unit, slot, BSU_SLOT_BAD))
+			copy->unpublished[i / 64] |= bit;
+	}
+}
+
+/* Nobody writes to its places any more: those that no map has are free. */
+static void return_places(struct bsu_copy *copy)
+{
+	for (uint32_t i = 0; copy->early && i < copy->count; i++)
+		if (copy->unpublished[i / 64] >> (i % 64) & 1)
+			bsu_storage_return(copy->image->storage, copy->place + i, 1);
+	if (!copy->early)
+		bsu_storage_return(copy->image->storage, copy->place, copy->count);
 }
 
 static void copy_store(struct bsu_queue *queue, struct bsu_copy *copy)
@@ -222,6 +363,8 @@ static void copy_store(struct bsu_queue *queue, struct bsu_copy *copy)
 	if (MUTANT(BSU_MUTANT_PUBLISH_EARLY)) {
 		copy_publish(queue, copy);
 		release_waiters(queue, copy);
+	} else {
+		release_early(queue, copy);
 	}
 	bsu_submit(queue, &copy->io);
 }
@@ -282,14 +425,43 @@ static void copy_store_done(struct bsu_io *io, int res)
 	}
 	if ((MUTANT(BSU_MUTANT_BREAK_AFTER_WRITE) || MUTANT(BSU_MUTANT_STORE_ERROR_TO_WRITER)) && copy->rq)
 		copy->rq->result = res;
-	if (copy->given_up || (res && !MUTANT(BSU_MUTANT_PUBLISH_ON_ERROR))) {
+	if (copy->early) {
+		if (res && !copy->given_up)
+			take_back(queue, copy, res);
+		forget_unstored(queue, copy);
+		return_places(copy);
+	} else if (copy->given_up || (res && !MUTANT(BSU_MUTANT_PUBLISH_ON_ERROR))) {
 		if (res && !copy->given_up && !MUTANT(BSU_MUTANT_BREAK_AFTER_WRITE))
 			copy_break(queue, copy, res);
-		bsu_storage_return(copy->image->storage, copy->place, copy->count);
+		return_places(copy);
 	} else {
 		copy_publish(queue, copy);
 	}
 	copy_end(queue, copy);
+}
+
+uint32_t bsu_copy_fetch(struct bsu_device *dev, const struct bsu_storage *storage, uint64_t unit, uint32_t slot,
+			uint32_t units, void *to, bool *fetched)
+{
+	uint32_t alike = 0;
+
+	*fetched = false;
+	/* It counts before it is published, and until it is stored. */
+	if (!atomic_load(&storage->unstored))
+		return units;
+	pthread_mutex_lock(&dev->lock);
+	for (; alike < units; alike++) {
+		const struct bsu_copy *copy = bsu_claim_copy(dev, storage, unit + alike, slot + alike);
+
+		if (alike && !copy == *fetched)
+			break;
+		*fetched = copy;
+		if (copy)
+			memcpy((char *)to + ((size_t)alike << dev->unit_shift),
+			       (const char *)copy->buf + ((size_t)(unit + alike - copy->unit) << dev->unit_shift), dev->unit);
+	}
+	pthread_mutex_unlock(&dev->lock);
+	return alike;
 }
 
 /*
@@ -304,8 +476,12 @@ static void give_up(struct bsu_queue *queue, struct bsu_copy *copy)
 		atomic_store_explicit(&copy->image->storage->silent, true, memory_order_relaxed);
 	if (MUTANT(BSU_MUTANT_RETURN_EARLY))
 		bsu_storage_return(copy->image->storage, copy->place, copy->count);
-	if (!MUTANT(BSU_MUTANT_GIVE_UP_SILENTLY))
+	if (copy->early) {
+		take_back(queue, copy, -ETIMEDOUT);
+		forget_unstored(queue, copy);
+	} else if (!MUTANT(BSU_MUTANT_GIVE_UP_SILENTLY)) {
 		copy_break(queue, copy, -ETIMEDOUT);
+	}
 	if (copy->state == BSU_COPY_BUFFER && bsu_pool_forget(queue->pool, &copy->task)) {
 		bsu_storage_return(copy->image->storage, copy->place, copy->count);
 		copy_end(queue, copy);

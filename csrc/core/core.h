@@ -130,8 +130,15 @@ struct bsu_queue_ops {
 
 #define BSU_POOL_PAGE 4096u
 
-/* @memory: page aligned, @bytes a multiple of BSU_POOL_PAGE; stays the caller's. */
-struct bsu_pool *bsu_pool_new(void *memory, size_t bytes);
+/*
+ * @memory: page aligned, @bytes a multiple of 2 * BSU_POOL_PAGE; stays the
+ * caller's. @unstored: NULL, or bsu_pool_unstored_bytes() zeroed bytes of shared
+ * memory. With it the second half of @memory has to be shared too, because writes
+ * to an origin go on as soon as the old data is in there.
+ */
+struct bsu_pool *bsu_pool_new(void *memory, size_t bytes, void *unstored);
+/* For a pool of so many bytes. */
+size_t bsu_pool_unstored_bytes(size_t bytes);
 void bsu_pool_free(struct bsu_pool *pool);
 /* Bytes handed out at the moment; 0 when the thread is idle. */
 size_t bsu_pool_used(const struct bsu_pool *pool);
@@ -157,6 +164,7 @@ size_t bsu_arena_bytes(const struct bsu_arena *arena);
 
 struct bsu_storage_config {
 	uint32_t unit;			/* bytes */
+	uint64_t number;		/* tells it from other storages, also after a death */
 	void *state;			/* struct bsu_storage_state, zeroed, shared */
 	/*
 	 * The state is what a former process left, and the records of the areas
@@ -189,6 +197,16 @@ void bsu_storage_set_rate(struct bsu_storage *storage, uint64_t bytes_per_s);
  * giving back what no map holds. 1 while there is more.
  */
 int bsu_storage_end_quarantine(struct bsu_storage *storage);
+/*
+ * What a former process had released early and perhaps not stored: @unstored and
+ * the @bytes of its @buffers are what it gave bsu_pool_new(), the latter without
+ * their first half. Finds a unit of this storage whose data @data is to be
+ * written to @offset of @file before anybody reads an image; false when there
+ * are no more. @at begins with 0.
+ */
+uint32_t bsu_storage_unit(const struct bsu_storage *storage);
+bool bsu_storage_unstored(const struct bsu_storage *storage, const void *unstored, const void *buffers, size_t bytes,
+			  uint64_t *at, struct bsu_file **file, uint64_t *offset, const void **data);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);

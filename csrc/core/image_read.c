@@ -24,7 +24,7 @@ static void plan_segments(struct bsu_task *task)
 	struct bsu_request *rq = container_of(task, struct bsu_request, task);
 	struct bsu_queue *queue = task->queue;
 	struct bsu_device *dev = queue->dev;
-	uint64_t end = rq->start + rq->length;
+	uint64_t end = rq->start + rq->length, last = (end - 1) >> dev->unit_shift;
 
 	/* The request counts as one while we plan: a segment may end at once. */
 	rq->pending++;
@@ -47,7 +47,7 @@ static void plan_segments(struct bsu_task *task)
 			}
 			break;
 		}
-		units = bsu_source_run(&source, unit, dev->copy_units, &slot);
+		units = bsu_source_run(&source, unit, (uint32_t)min_u64(dev->copy_units, last + 1 - unit), &slot);
 		segment->start = rq->cursor;
 		segment->end = min_u64(end, (unit + units) << dev->unit_shift);
 		rq->cursor = segment->end;
@@ -126,6 +126,22 @@ static void segment_done(struct bsu_io *io, int res)
 		segment_step(segment);
 }
 
+/* True when the data was still in the buffer of a copy. The segment gets shorter where only a part of it is. */
+static bool fetch(struct bsu_segment *segment)
+{
+	struct bsu_device *dev = segment->queue->dev;
+	uint64_t unit = segment->start >> dev->unit_shift;
+	bool fetched;
+	uint32_t alike = bsu_copy_fetch(dev, segment->queue->image->storage, unit, segment->slot, segment->units,
+					segment->buf, &fetched);
+
+	if (alike < segment->units) {
+		segment->units = alike;
+		segment->length = ((unit + alike) << dev->unit_shift) - segment->start;
+	}
+	return fetched;
+}
+
 static void segment_read(struct bsu_task *task)
 {
 	struct bsu_segment *segment = container_of(task, struct bsu_segment, task);
@@ -146,13 +162,17 @@ static void segment_read(struct bsu_task *task)
 		const struct bsu_storage *storage = queue->image->storage;
 		const struct bsu_area *area = bsu_storage_area(storage, segment->slot - 1);
 
+		if (fetch(segment)) {
+			segment_done(&segment->io, 0);
+			return;
+		}
 		file = area->file;
 		offset = bsu_storage_offset(storage, area, segment->slot - 1);
 	}
 	segment->io = (struct bsu_io) {
 		.file = file,
 		.offset = offset,
-		.length = place ? segment->buf_bytes : segment->length,
+		.length = place ? (uint64_t)segment->units << dev->unit_shift : segment->length,
 		.buf = segment->buf,
 		.rq = segment->rq,
 		.rq_offset = segment->start - segment->rq->start,

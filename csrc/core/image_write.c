@@ -193,7 +193,13 @@ static void fill(struct bsu_segment *segment, uint64_t unit)
 	offset = unit << dev->unit_shift;
 	if (segment->slot) {
 		const struct bsu_area *area = bsu_storage_area(queue->image->storage, segment->slot - 1);
+		bool fetched;
 
+		bsu_copy_fetch(dev, queue->image->storage, unit, segment->slot, 1, filled_at(segment), &fetched);
+		if (fetched) {
+			fill_done(&segment->io, 0);
+			return;
+		}
 		file = area->file;
 		offset = bsu_storage_offset(queue->image->storage, area, segment->slot - 1);
 	}

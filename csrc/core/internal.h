@@ -68,6 +68,8 @@ void *bsu_pool_get(struct bsu_pool *pool, enum bsu_pool_kind kind, const void *o
 size_t bsu_pool_largest(const struct bsu_pool *pool);
 void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, const void *owner, void *memory, size_t bytes);
 bool bsu_pool_forget(struct bsu_pool *pool, struct bsu_task *task);
+/* The entry of a buffer for the storage; NULL where nothing is released early. */
+struct bsu_unstored *bsu_pool_unstored(const struct bsu_pool *pool, const void *memory);
 
 /* ---- map.c ---- */
 
@@ -111,6 +113,8 @@ int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count);
 void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot);
 /* The same unless something is published there. */
 bool bsu_map_publish_first(struct bsu_map *map, uint64_t unit, uint32_t slot);
+/* The same where nothing but @old is. */
+bool bsu_map_replace(struct bsu_map *map, uint64_t unit, uint32_t old, uint32_t slot);
 
 /* ---- handover.c: maps of images that go ---- */
 
@@ -145,6 +149,7 @@ struct bsu_view {
 
 struct bsu_claim {
 	struct bsu_claim *next;		/* in the bucket */
+	const struct bsu_copy *early;	/* published, and its buffer is still there; NULL: not yet */
 	const struct bsu_storage *storage;
 	uint64_t leaf;			/* unit / BSU_LEAF_UNITS */
 	uint64_t mask;			/* units of that leaf */
@@ -270,6 +275,8 @@ uint32_t bsu_chain_slot(const struct bsu_chain *chain, unsigned int k, uint64_t 
 int bsu_chain_newest(const struct bsu_chain *chain);
 /* Units from @unit on, at most @max, that all lack or all have a slot as image k sees them. */
 uint64_t bsu_chain_run(const struct bsu_chain *chain, unsigned int k, uint64_t unit, uint64_t max, bool *has);
+/* Break every image of the chain that reads @unit from @slot. */
+void bsu_chain_break_slot(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t unit, uint32_t slot, int error);
 /* Break every image of the chain that does not have @unit. */
 void bsu_chain_break(struct bsu_queue *queue, const struct bsu_chain *chain, uint64_t unit, enum bsu_image_status status, int error);
 const struct bsu_chain *bsu_view_chain(const struct bsu_view *view, const struct bsu_storage *storage);
@@ -279,8 +286,12 @@ const struct bsu_chain *bsu_view_chain(const struct bsu_view *view, const struct
 /* Units of the leaf that somebody preserves at the moment. */
 uint64_t bsu_claimed(struct bsu_device *dev, const struct bsu_storage *storage, uint64_t leaf, uint64_t mask, struct bsu_claim **conflict);
 void bsu_claim_add(struct bsu_device *dev, struct bsu_claim *claim);
-/* Takes the claim out; its waiters are moved to @woken. */
+/* Its waiters are moved to @woken. */
+void bsu_claim_wake(struct bsu_claim *claim, struct bsu_tasks *woken);
+/* The same, and takes the claim out. */
 void bsu_claim_remove(struct bsu_device *dev, struct bsu_claim *claim, struct bsu_tasks *woken);
+/* The copy that was published early as @slot for @unit; NULL if there is none. */
+const struct bsu_copy *bsu_claim_copy(struct bsu_device *dev, const struct bsu_storage *storage, uint64_t unit, uint32_t slot);
 
 /* ---- copy.c: preserving ---- */
 
@@ -290,6 +301,11 @@ void bsu_claim_remove(struct bsu_device *dev, struct bsu_claim *claim, struct bs
  *                       +---- limit passed: GIVEN_UP until the I/O ends -> FREE
  *
  * READ has a slow form, one unit at a time, after a read error of several.
+ *
+ * A copy is published, and what waits for it goes on, at the end of STORE; or at
+ * its beginning (early release), where the buffer outlives the process. Then
+ * images read from the buffer until STORE has ended, and the copy counts as a
+ * write in flight: so a switch still finds no copy under way.
  */
 enum bsu_copy_state {
 	BSU_COPY_FREE = 0,
@@ -303,6 +319,8 @@ struct bsu_copy {
 	struct bsu_copy *older, *newer;	/* copies under way, by age */
 	enum bsu_copy_state state;
 	bool given_up;
+	bool early;			/* published before it is stored, */
+	struct bsu_unstored *unstored;	/* which this tells; NULL when nobody needs the buffer */
 	struct bsu_request *rq;		/* who waits for it; NULL once given up */
 	struct bsu_image *image;	/* whose map it is published in */
 	uint64_t unit;
@@ -318,12 +336,20 @@ struct bsu_copy {
 	unsigned int nr_claims;
 	struct bsu_claim claim[BSU_COPY_CLAIMS];
 	uint64_t bad[BSU_COPY_UNITS / 64];
+	uint64_t unpublished[BSU_COPY_UNITS / 64];	/* early: places that no map has */
 };
 
 /* Claims a run of lacking units, for which a place and map memory are reserved; device.lock held. */
 void bsu_copy_claim(struct bsu_copy *copy, struct bsu_request *rq, struct bsu_image *image, uint64_t unit, uint32_t count, uint32_t place);
 void bsu_copy_start(struct bsu_copy *copy);
 void bsu_copies_tick(struct bsu_queue *queue, uint64_t now);
+/*
+ * What was published as @units places from @slot on and may not be stored yet:
+ * returns how many of them, from the first on, are alike, and whether those were
+ * copied to @to. Otherwise they are stored.
+ */
+uint32_t bsu_copy_fetch(struct bsu_device *dev, const struct bsu_storage *storage, uint64_t unit, uint32_t slot,
+			uint32_t units, void *to, bool *fetched);
 
 /* ---- image_source.c: where an image finds its data ---- */
 
@@ -454,6 +480,9 @@ static inline uint64_t bsu_now(struct bsu_queue *queue)
 }
 
 void bsu_submit(struct bsu_queue *queue, struct bsu_io *io);
+/* Something that a switch has to wait for begins, in a queue that has such a thing already; and ends. */
+void bsu_flight_begin(struct bsu_queue *queue);
+void bsu_flight_end(struct bsu_queue *queue);
 void bsu_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res);
 
 enum bsu_wait {

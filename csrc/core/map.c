@@ -113,6 +113,13 @@ bool bsu_map_publish_first(struct bsu_map *map, uint64_t unit, uint32_t slot)
 	return atomic_compare_exchange_strong(&leaf->slot[unit % BSU_LEAF_UNITS], &empty, slot);
 }
 
+bool bsu_map_replace(struct bsu_map *map, uint64_t unit, uint32_t old, uint32_t slot)
+{
+	struct bsu_leaf *leaf = leaf_in(map, table_of(map, unit), unit);
+
+	return atomic_compare_exchange_strong(&leaf->slot[unit % BSU_LEAF_UNITS], &old, slot);
+}
+
 int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count)
 {
 	uint64_t end = first + count, stop;

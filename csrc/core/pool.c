@@ -38,10 +38,18 @@ struct half {
 
 struct bsu_pool {
 	struct half half[2];
+	struct bsu_unstored *unstored;	/* for each page of the second half, or NULL */
 	uint64_t map[];
 };
 
-struct bsu_pool *bsu_pool_new(void *memory, size_t bytes)
+size_t bsu_pool_unstored_bytes(size_t bytes)
+{
+	size_t entries = bytes / BSU_POOL_PAGE / 2 * sizeof(struct bsu_unstored);
+
+	return (entries + BSU_POOL_PAGE - 1) / BSU_POOL_PAGE * BSU_POOL_PAGE;
+}
+
+struct bsu_pool *bsu_pool_new(void *memory, size_t bytes, void *unstored)
 {
 	size_t pages = bytes / BSU_POOL_PAGE / 2, words = (pages + 63) / 64;
 	struct bsu_pool *pool;
@@ -57,6 +65,7 @@ struct bsu_pool *bsu_pool_new(void *memory, size_t bytes)
 			.pages = (uint32_t)pages,
 			.map = pool->map + kind * words,
 		};
+	pool->unstored = unstored;
 	return pool;
 }
 
@@ -299,6 +308,13 @@ void bsu_pool_put(struct bsu_pool *pool, struct bsu_queue *self, const void *own
 	half->used -= count;
 	count_pages(half, owner, at, count, false);
 	grant_waiters(half, self);
+}
+
+struct bsu_unstored *bsu_pool_unstored(const struct bsu_pool *pool, const void *memory)
+{
+	const struct half *half = &pool->half[BSU_POOL_STORAGE];
+
+	return pool->unstored ? &pool->unstored[(size_t)((const char *)memory - half->memory) / BSU_POOL_PAGE] : NULL;
 }
 
 bool bsu_pool_forget(struct bsu_pool *pool, struct bsu_task *task)

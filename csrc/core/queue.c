@@ -136,16 +136,26 @@ void bsu_submit(struct bsu_queue *queue, struct bsu_io *io)
 	queue->ops->submit(queue->ctx, io);
 }
 
+void bsu_flight_begin(struct bsu_queue *queue)
+{
+	atomic_store(&queue->entered, atomic_load_explicit(&queue->entered, memory_order_relaxed) + 1);
+}
+
+void bsu_flight_end(struct bsu_queue *queue)
+{
+	/* Before "left": whoever finds the gate drained finds the time too. */
+	if (atomic_load_explicit(&queue->dev->gate_closed, memory_order_relaxed))
+		atomic_store(&queue->dev->rested, bsu_now(queue));
+	atomic_store(&queue->left, atomic_load_explicit(&queue->left, memory_order_relaxed) + 1);
+}
+
 void bsu_request_end(struct bsu_queue *queue, struct bsu_request *rq, int res)
 {
 	if (rq->in_gate) {
 		if (MUTANT(BSU_MUTANT_SWITCH_LATE) && queue->dev->changing && !atomic_load(&queue->dev->gate_closed))
 			bsu_switch(queue->dev, NULL);
 		rq->in_gate = false;
-		/* Before "left": whoever finds the gate drained finds the time too. */
-		if (atomic_load_explicit(&queue->dev->gate_closed, memory_order_relaxed))
-			atomic_store(&queue->dev->rested, bsu_now(queue));
-		atomic_store(&queue->left, atomic_load_explicit(&queue->left, memory_order_relaxed) + 1);
+		bsu_flight_end(queue);
 	}
 	queue->busy--;
 	queue->ops->complete(queue->ctx, rq, res);

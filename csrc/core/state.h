@@ -83,6 +83,21 @@ struct bsu_storage_state {
 
 _Static_assert(sizeof(struct bsu_storage_state) == 64 + 4 * BSU_AREAS_MAX, "shared with the control process");
 
+/*
+ * Units that were released early: their data is in a buffer, and may not yet be
+ * at their places. There is an entry for each page of a thread's buffers that
+ * the difference storage is written from; that of the first page of a buffer
+ * tells what it holds. @units is set before the records of the places are, and
+ * cleared when the storage write has ended.
+ */
+struct bsu_unstored {
+	uint64_t storage;		/* its number */
+	uint32_t place;
+	_Atomic uint32_t units;		/* 0: the data is nowhere else needed */
+};
+
+_Static_assert(sizeof(struct bsu_unstored) == 16, "256 entries fill a page");
+
 #define BSU_IMAGE_HEADER 4096u
 
 struct bsu_image_state {

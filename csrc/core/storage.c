@@ -64,6 +64,7 @@ struct bsu_storage *bsu_storage_new(const struct bsu_storage_config *config, int
 		return NULL;
 	pthread_mutex_init(&storage->lock, NULL);
 	storage->unit = config->unit;
+	storage->number = config->number;
 	storage->state = state;
 	state->magic = BSU_STORAGE_MAGIC;
 	state->version = BSU_STATE_VERSION;
@@ -290,6 +291,14 @@ bool bsu_storage_got_low(struct bsu_storage *storage)
 	return atomic_load_explicit(&storage->got_low, memory_order_relaxed) && atomic_exchange(&storage->got_low, false);
 }
 
+/* storage.lock held: whether a former process may still write to the place. */
+static bool in_quarantine(const struct bsu_storage *storage, const struct bsu_area *area, uint32_t at)
+{
+	if (!area->kept || at >= area->adopted || MUTANT(BSU_MUTANT_LATE_STORE_UNSEEN))
+		return false;
+	return area != &storage->area[storage->freeing] || at >= storage->freed;
+}
+
 /* storage.lock held: places [begin, end) of the area, counted from its first, are free. */
 static void take_back(struct bsu_storage *storage, const struct bsu_area *area, uint32_t begin, uint32_t end)
 {
@@ -298,6 +307,17 @@ static void take_back(struct bsu_storage *storage, const struct bsu_area *area, 
 	for (uint32_t at = begin; at < end; at++)
 		area->given[at / 64] &= ~(1ull << (at % 64));
 	count_used(storage, area, -(int64_t)(end - begin));
+}
+
+/* storage.lock held: nobody has the place any more. */
+static void give_back(struct bsu_storage *storage, const struct bsu_area *area, uint32_t at)
+{
+	if (in_quarantine(storage, area, at)) {
+		memset(&area->records[at], 0, sizeof(struct bsu_record));
+		area->kept[at / 64] &= ~(1ull << (at % 64));
+	} else {
+		take_back(storage, area, at, at + 1);
+	}
 }
 
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count)
@@ -309,7 +329,11 @@ void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t co
 		uint32_t begin = first - area->first;
 		uint32_t end = (uint32_t)min_u64(area->count, (uint64_t)begin + count);
 
-		take_back(storage, area, begin, end);
+		if (area->kept)
+			for (uint32_t at = begin; at < end; at++)
+				give_back(storage, area, at);
+		else
+			take_back(storage, area, begin, end);
 		first += end - begin;
 		count -= end - begin;
 	}

@@ -24,6 +24,8 @@ struct bsu_area {
 struct bsu_storage {
 	pthread_mutex_t lock;
 	uint32_t unit;
+	uint64_t number;
+	_Atomic unsigned int unstored;	/* copies that were released early and are not stored */
 	struct bsu_storage_state *state;
 	uint32_t cursor;		/* place from which free ones are looked for */
 	_Atomic unsigned int nr_areas;

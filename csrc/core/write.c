@@ -402,7 +402,7 @@ static void pass_gate(struct bsu_task *task)
 	struct bsu_queue *queue = task->queue;
 	struct bsu_device *dev = queue->dev;
 
-	atomic_store(&queue->entered, atomic_load_explicit(&queue->entered, memory_order_relaxed) + 1);
+	bsu_flight_begin(queue);
 	if (atomic_load(&dev->gate_closed) && !MUTANT(BSU_MUTANT_GATE_OPEN_EARLY)) {
 		atomic_store(&queue->left, atomic_load_explicit(&queue->left, memory_order_relaxed) + 1);
 		queue->counters.parked++;

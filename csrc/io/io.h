@@ -45,7 +45,22 @@ struct bsu_thread_config {
 	unsigned int entries;		/* ring size; 0: 256 */
 	unsigned int slots;		/* fixed buffers for zero copy, all queues together; 0: 1024 */
 	bool io_flusher;		/* PR_SET_IO_FLUSHER; -EPERM if refused */
+	/*
+	 * A file in memory, allocated and zeroed, for what is to outlive the process
+	 * of this thread: bsu_thread_buffers_bytes() from @buffers_offset on. Writes to
+	 * an origin then do not wait for the difference storage. -1: none.
+	 */
+	int buffers_fd;
+	uint64_t buffers_offset;
 };
+
+size_t bsu_thread_buffers_bytes(size_t pool_bytes);
+/*
+ * Any thread, and it may wait for the storage as long as that does not answer:
+ * stores what a dead thread with such a pool had released early. @buffers: those
+ * bytes. 0, or the first error; the rest is stored all the same.
+ */
+int bsu_store_unstored(const struct bsu_storage *storage, const void *buffers, size_t pool_bytes);
 
 struct bsu_thread *bsu_thread_start(const struct bsu_thread_config *config, int *err);
 /* -EBUSY while it serves a queue; -ETIMEDOUT if I/O is still out after that. */

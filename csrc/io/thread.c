@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "thread.h"
@@ -15,7 +14,6 @@
 #define NS_PER_S 1000000000ull
 
 enum {
-	DEFAULT_POOL = 8u << 20,
 	DEFAULT_ENTRIES = 256,
 	DEFAULT_SLOTS = 1024,
 	MAX_SLOTS = 16384,		/* of a ring's buffer table */
@@ -348,7 +346,7 @@ static void *thread_main(void *arg)
 static int config_fill(struct bsu_thread_config *config)
 {
 	if (!config->pool_bytes)
-		config->pool_bytes = DEFAULT_POOL;
+		config->pool_bytes = BSU_THREAD_POOL;
 	if (!config->entries)
 		config->entries = DEFAULT_ENTRIES;
 	if (!config->slots)
@@ -402,11 +400,11 @@ struct bsu_thread *bsu_thread_start(const struct bsu_thread_config *config, int 
 	thread->slots = calloc(thread->config.slots / 64 + 1, sizeof(*thread->slots));
 	if (!thread->slots)
 		goto out_lock;
-	thread->memory = mmap(NULL, thread->config.pool_bytes, PROT_READ | PROT_WRITE,
-			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	if (thread->memory == MAP_FAILED)
+	*err = bsu_thread_map_memory(thread);
+	if (*err)
 		goto out_slots;
-	thread->pool = bsu_pool_new(thread->memory, thread->config.pool_bytes);
+	*err = -ENOMEM;
+	thread->pool = bsu_pool_new(thread->memory, thread->config.pool_bytes, thread->unstored);
 	if (!thread->pool)
 		goto out_memory;
 	/* Blocking, so that the ring's read of it waits instead of failing. */
@@ -423,7 +421,7 @@ struct bsu_thread *bsu_thread_start(const struct bsu_thread_config *config, int 
 out_pool:
 	bsu_pool_free(thread->pool);
 out_memory:
-	munmap(thread->memory, thread->config.pool_bytes);
+	bsu_thread_unmap_memory(thread);
 out_slots:
 	free(thread->slots);
 out_lock:
@@ -465,7 +463,7 @@ int bsu_thread_stop(struct bsu_thread *thread, unsigned int timeout_ms)
 	pthread_join(thread->pthread, NULL);
 	close(thread->wake_fd);
 	bsu_pool_free(thread->pool);
-	munmap(thread->memory, thread->config.pool_bytes);
+	bsu_thread_unmap_memory(thread);
 	free(thread->slots);
 	pthread_cond_destroy(&thread->answered);
 	pthread_mutex_destroy(&thread->lock);

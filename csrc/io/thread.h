@@ -20,6 +20,7 @@
 
 #define BSU_THREAD_TRANSPORTS 512u
 #define BSU_THREAD_FILES 512u
+#define BSU_THREAD_POOL (8u << 20)
 
 /* ---- user_data: a struct bsu_io, a command of a transport, or a wake-up ---- */
 
@@ -122,6 +123,7 @@ struct bsu_thread {
 	struct bsu_ring origin, storage;
 	struct bsu_pool *pool;
 	void *memory;
+	void *unstored;			/* what of it is released early; NULL: nothing ever is */
 	uint64_t *slots;		/* bit set: fixed buffer belongs to a transport */
 	bool barrier[BSU_THREAD_FILES];
 	struct bsu_transport *transport[BSU_THREAD_TRANSPORTS];
@@ -142,6 +144,11 @@ struct bsu_thread {
 	_Atomic bool any_message;
 	int started;			/* 1, or a negative errno; 0 at first */
 };
+
+/* ---- buffers.c: the memory of its pool ---- */
+
+int bsu_thread_map_memory(struct bsu_thread *thread);
+void bsu_thread_unmap_memory(struct bsu_thread *thread);
 
 /* Runs @run in the thread and returns what it returns. Not from a queue thread. */
 int bsu_thread_call(struct bsu_thread *thread, int (*run)(struct bsu_thread *thread, void *arg), void *arg);

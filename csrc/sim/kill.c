@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* kill -9: what only the process had is gone, and shared memory stays as it is at this moment. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "private.h"
 
@@ -32,6 +33,18 @@ void bsu_sim_kill(struct bsu_sim *sim)
 		free(queue);
 	}
 	bsu_sim_free(sim);
+}
+
+unsigned int bsu_sim_store_unstored(const struct bsu_storage *storage, const void *unstored, const void *buffers, size_t bytes)
+{
+	struct bsu_file *file;
+	unsigned int count = 0;
+	const void *data;
+	uint64_t offset, at = 0;
+
+	for (; bsu_storage_unstored(storage, unstored, buffers, bytes, &at, &file, &offset, &data); count++)
+		memcpy(file->data + offset, data, storage->unit);
+	return count;
 }
 
 void bsu_sim_unpublish(struct bsu_image *image, bool written, uint64_t unit, uint32_t slot)

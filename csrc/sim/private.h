@@ -35,7 +35,7 @@ struct sim_request {
 
 struct sim_thread {
 	struct bsu_pool *pool;
-	void *memory;
+	void *memory;			/* NULL: somebody else's */
 };
 
 struct sim_queue {

@@ -197,14 +197,16 @@ void *bsu_sim_data(struct bsu_sim *sim, unsigned int file)
 	return file < sim->files ? sim->file[file]->data : NULL;
 }
 
-int bsu_sim_add_thread(struct bsu_sim *sim, size_t pool_bytes)
+int bsu_sim_add_thread(struct bsu_sim *sim, size_t pool_bytes, void *unstored, void *memory)
 {
 	struct sim_thread *thread = &sim->thread[sim->threads];
 
 	if (sim->threads == MAX_THREADS)
 		return -ENOSPC;
-	thread->memory = aligned_alloc(BSU_POOL_PAGE, pool_bytes);
-	thread->pool = thread->memory ? bsu_pool_new(thread->memory, pool_bytes) : NULL;
+	thread->memory = memory ? NULL : aligned_alloc(BSU_POOL_PAGE, pool_bytes);
+	if (!memory)
+		memory = thread->memory;
+	thread->pool = memory ? bsu_pool_new(memory, pool_bytes, unstored) : NULL;
 	if (!thread->pool) {
 		free(thread->memory);
 		return -EINVAL;

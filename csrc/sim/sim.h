@@ -43,8 +43,11 @@ int bsu_sim_add_file(struct bsu_sim *sim, uint64_t bytes);
 struct bsu_file *bsu_sim_file(struct bsu_sim *sim, unsigned int file);
 void *bsu_sim_data(struct bsu_sim *sim, unsigned int file);
 
-/* A pool that queues share, as those of one thread do; its index. */
-int bsu_sim_add_thread(struct bsu_sim *sim, size_t pool_bytes);
+/*
+ * A pool that queues share, as those of one thread do; its index. @unstored, @memory: see bsu_pool_new(); NULL, NULL:
+ * nothing is released early.
+ */
+int bsu_sim_add_thread(struct bsu_sim *sim, size_t pool_bytes, void *unstored, void *memory);
 size_t bsu_sim_pool_used(struct bsu_sim *sim, unsigned int thread);
 
 /* A queue of @device or @image (the other NULL); its index. */
@@ -114,6 +117,8 @@ void bsu_sim_free_held(struct bsu_sim_held *held);
  * freed as always: that does not touch it either.
  */
 void bsu_sim_kill(struct bsu_sim *sim);
+/* Puts what a dead process had released early at its place; so many units. See bsu_storage_unstored(). */
+unsigned int bsu_sim_store_unstored(const struct bsu_storage *storage, const void *unstored, const void *buffers, size_t bytes);
 void bsu_sim_kill_device(struct bsu_device *dev);
 void bsu_sim_kill_image(struct bsu_image *image);
 /* Puts back what a map had for @unit: a death before that was published. Then there is but the death. */

@@ -95,8 +95,11 @@ int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected,
 			data = zeroes;
 		} else if (slot != BSU_SLOT_EMPTY) {
 			const struct bsu_area *area = bsu_storage_area(chain->storage, slot - 1);
+			const struct bsu_copy *copy = bsu_claim_copy(image->dev, chain->storage, unit, slot);
 
 			data = area->file->data + bsu_storage_offset(chain->storage, area, slot - 1);
+			if (copy)
+				data = (const char *)copy->buf + ((unit - copy->unit) << dev->unit_shift);
 		}
 		if (memcmp(data, (const char *)expected + start, min_u64(dev->unit, image->size - start)))
 			return (int64_t)unit;

@@ -8,6 +8,7 @@ For tests. Nothing happens by itself: I/O that the core submits waits for `compl
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,26 @@ class SimFile(File):
         """Freed with its simulator."""
 
 
+class SimBuffers:
+    """Memory of a pool of `pool_bytes` that outlives the simulator."""
+
+    def __init__(self, pool_bytes: int) -> None:
+        self._maps = [mmap.mmap(-1, size) for size in (lib.bsu_pool_unstored_bytes(pool_bytes), pool_bytes)]
+        self.unstored, self.memory = (ffi.from_buffer(each) for each in self._maps)
+        self._half = pool_bytes // 2
+
+    def close(self) -> None:
+        """After the simulator that uses it."""
+        ffi.release(self.unstored)
+        ffi.release(self.memory)
+        for each in self._maps:
+            each.close()
+
+    def store(self, storage: Storage) -> int:
+        """Puts what was released early for `storage`, and not stored, at its places. How many units."""
+        return int(lib.bsu_sim_store_unstored(storage.pointer, self.unstored, self.memory + self._half, self._half))
+
+
 class Simulator(Handle):
     """Files, threads (pools of buffers) and queues. To be closed after its queues are deleted, their devices closed."""
 
@@ -88,9 +109,10 @@ class Simulator(Handle):
         """A file of `size` zeroes."""
         return SimFile(self, check(lib.bsu_sim_add_file(self.pointer, size), "simulated file"), size)
 
-    def add_thread(self, pool_bytes: int) -> int:
-        """A pool that queues share; its index. At least 2 MiB."""
-        return check(lib.bsu_sim_add_thread(self.pointer, pool_bytes), "simulated thread")
+    def add_thread(self, pool_bytes: int, buffers: SimBuffers | None = None) -> int:
+        """A pool that queues share; its index. At least 2 MiB. With `buffers`, writes do not wait for storages."""
+        parts = (ffi.NULL, ffi.NULL) if buffers is None else (buffers.unstored, buffers.memory)
+        return check(lib.bsu_sim_add_thread(self.pointer, pool_bytes, *parts), "simulated thread")
 
     def pool_used(self, thread: int) -> int:
         """Bytes of the pool handed out at the moment."""

@@ -16,6 +16,10 @@ STORAGE_STATE_BYTES: int = lib.bsu_storage_state_bytes()
 """Bytes of a storage's shared state."""
 
 
+BUFFERS_BYTES: int = lib.bsu_thread_buffers_bytes(0)
+"""Bytes of a file that a thread's buffers for the difference storage take."""
+
+
 class Arena(Handle):
     """Map memory, given in portions; shared by the maps of all images."""
 
@@ -65,9 +69,10 @@ class Storage(Handle):
 
     _name = "storage"
 
-    def __init__(self, state: Any, *, unit: int = 4096, adopt: bool = False) -> None:
+    def __init__(self, state: Any, *, unit: int = 4096, number: int = 0, adopt: bool = False) -> None:
         """`state`: STORAGE_STATE_BYTES zeroed, writable bytes, shared with whoever watches; kept until close.
 
+        `number` tells it from other storages, after a death too.
         With `adopt` it is what a former process left, and so are the records of the areas that are added: what that one
         gave out is in quarantine. OSError(EBADMSG) when it does not fit.
         """
@@ -75,7 +80,9 @@ class Storage(Handle):
         if len(pinned) < STORAGE_STATE_BYTES:
             ffi.release(pinned)
             raise ValueError(f"the state of a storage has {STORAGE_STATE_BYTES} bytes, not {len(pinned)}")
-        config = ffi.new("struct bsu_storage_config *", {"unit": unit, "state": pinned, "adopt": adopt})
+        config = ffi.new(
+            "struct bsu_storage_config *", {"unit": unit, "number": number, "state": pinned, "adopt": adopt}
+        )
         try:
             pointer = create(lib.bsu_storage_new, config, what="difference storage")
         except OSError:
@@ -120,6 +127,19 @@ class Storage(Handle):
         """The I/O of former processes has ended, and the sweep: places that no map holds are free."""
         while lib.bsu_storage_end_quarantine(self.pointer):
             pass
+
+    def store_unstored(self, buffers: Any) -> None:
+        """Stores what dead threads had released early for this storage: to be called before anybody reads an image.
+
+        `buffers`: what they were given, several times BUFFERS_BYTES. Waits for the storage as long as that does not
+        answer. Raises OSError when something could not be stored; the rest is all the same.
+        """
+        with pin(buffers) as memory:
+            results = [
+                lib.bsu_store_unstored(self.pointer, memory + offset, 0)
+                for offset in range(0, len(memory) // BUFFERS_BYTES * BUFFERS_BYTES, BUFFERS_BYTES)
+            ]
+        check(min(results, default=0), "storing what had been released early")
 
     @property
     def capacity(self) -> int:

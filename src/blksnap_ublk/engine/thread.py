@@ -23,12 +23,17 @@ class Thread(Handle):
         entries: int = 0,
         slots: int = 0,
         io_flusher: bool = False,
+        buffers: tuple[int, int] | None = None,
     ) -> None:
         """Starts it. 0 stands for the defaults: 8 MiB of pool, rings of 256 entries, 1024 fixed buffers.
 
         `cpu`: -1 for any. `lock_fd`: a flocked file to be held by the storage ring until its last I/O has ended.
         `slots`: zero-copy tags of all queues together. `io_flusher`: OSError(EPERM) where that is refused.
+        `buffers`: descriptor and offset of BUFFERS_BYTES allocated, zeroed bytes of a file in memory, which outlives
+        the process: writes to origins go on as soon as the old data is there, and what was not stored when the process
+        died is to be stored by `Storage.store_unstored`.
         """
+        descriptor, offset = buffers or (-1, 0)
         config = ffi.new(
             "struct bsu_thread_config *",
             {
@@ -38,6 +43,8 @@ class Thread(Handle):
                 "entries": entries,
                 "slots": slots,
                 "io_flusher": io_flusher,
+                "buffers_fd": descriptor,
+                "buffers_offset": offset,
             },
         )
         super().__init__(create(lib.bsu_thread_start, config, what="queue thread"))

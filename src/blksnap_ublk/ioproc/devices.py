@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from blksnap_ublk.engine import Counters, Device, Image, Thread, UblkQueue, UblkStatus, settle
+from blksnap_ublk.engine import BUFFERS_BYTES, Counters, Device, Image, Thread, UblkQueue, UblkStatus, settle
 from blksnap_ublk.ioproc.messages import CloseDevice, DeviceReport, Mark, OpenDevice, ResizeDevice, ServeDevice
 from blksnap_ublk.ioproc.shared_files import SharedFile, SharedFiles
-from blksnap_ublk.ioproc.state_map import StateMap
+from blksnap_ublk.ioproc.state_map import StateMap, check_allocated
 from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.ublk.device_info import DESC_SIZE, MAX_IO_BYTES, DeviceInfo
 from blksnap_ublk.ublk.features import Features
@@ -68,6 +68,7 @@ class FilteredDevice:
     swallowed: StateMap
     ublk_id: int | None = None
     char: int = -1
+    buffers: str = ""
     threads: list[Thread] = field(default_factory=list)
     queues: list[UblkQueue] = field(default_factory=list)
     images: set[str] = field(default_factory=set)
@@ -98,6 +99,7 @@ class FilteredDevice:
             os.close(self.char)
             self.char = -1
         self.ublk_id = None
+        self.buffers = ""
 
     def settle(self, seconds: float) -> None:
         """Wait until nobody uses what the last switch replaced. Raises OSError(ETIMEDOUT)."""
@@ -160,7 +162,7 @@ class Devices:
             message.device, message.unit, message.tracking_block, origin, device, bitmap, swallowed
         )
 
-    def serve(self, message: ServeDevice) -> None:
+    def serve(self, message: ServeDevice, descriptors: Descriptors) -> None:
         """Returns when all queues are armed.
 
         Raises OSError. When some tags were armed and others could not be, the former come back only when the ublk
@@ -171,13 +173,21 @@ class Devices:
             raise OSError(errno.EBUSY, f"device {device.name!r} is served already, or was and is not closed")
         info = backend_info(message, message.queues)
         path = DataPath.ZERO_COPY if message.zero_copy else DataPath.COPY
+        if descriptors or message.buffers:
+            expect(descriptors, 1, message)
+            check_allocated(descriptors[0], message.queues * BUFFERS_BYTES, "buffers")
         with ExitStack() as undo:
             char = open_char(message.ublk_id, timeout=OPEN_LIMIT)
             undo.callback(os.close, char)
             threads: list[Thread] = []
-            for _ in range(message.queues):
+            for number in range(message.queues):
                 # Each queue puts the device's barrier in the ring of its thread by itself.
-                thread = Thread(slots=message.depth, lock_fd=self._lock_fd, io_flusher=self._io_flusher)
+                thread = Thread(
+                    slots=message.depth,
+                    lock_fd=self._lock_fd,
+                    io_flusher=self._io_flusher,
+                    buffers=(descriptors[0], number * BUFFERS_BYTES) if descriptors else None,
+                )
                 undo.callback(thread.stop)
                 threads.append(thread)
             try:
@@ -185,12 +195,14 @@ class Devices:
             except UnfinishedQueues as error:
                 undo.pop_all()
                 device.char, device.threads, device.queues = char, threads, error.queues
+                device.buffers = message.buffers
                 if not error.queues:
                     with suppress(TimeoutError):
                         device.end_serving(HALF_ARMED_LIMIT)
                 raise
             undo.pop_all()
         device.ublk_id, device.char, device.threads, device.queues = message.ublk_id, char, threads, queues
+        device.buffers = message.buffers
 
     def close(self, message: CloseDevice) -> None:
         """Raises OSError; EBUSY while it has images. ETIMEDOUT while its ublk device is not stopped: call it again."""
@@ -263,4 +275,5 @@ class Devices:
             copied=total.copied,
             waits=total.waits,
             parked=total.parked,
+            buffers=device.buffers,
         )

@@ -40,6 +40,9 @@ class OpenDevice(msgspec.Struct, tag="open-device", frozen=True):
 class ServeDevice(msgspec.Struct, tag="serve-device", frozen=True):
     """Open /dev/ublkcN and arm all queues; START_DEV (or END_USER_RECOVERY) is sent by the control process meanwhile.
 
+    Descriptors: none, or a file in memory with BUFFERS_BYTES for each queue, zeroed, called `buffers`. It outlives the
+    process, so writes go on as soon as old data is there, and do not wait for the difference storage; see Unstored.
+
     Answered when all queues are armed. After a refusal some tags may be armed: stop or delete the ublk device, then
     CloseDevice (which is EBUSY or ETIMEDOUT before that).
     """
@@ -51,6 +54,7 @@ class ServeDevice(msgspec.Struct, tag="serve-device", frozen=True):
     desc_size: int
     flags: int
     zero_copy: bool
+    buffers: str = ""
 
 
 class CloseDevice(msgspec.Struct, tag="close-device", frozen=True):
@@ -216,9 +220,20 @@ class Drop(msgspec.Struct, tag="drop", frozen=True):
     image: str
 
 
+class Unstored(msgspec.Struct, tag="unstored", frozen=True):
+    """Before Sweep, may be sent again. Descriptors: buffers of ServeDevice that former io processes had, some of them.
+
+    What is in there and perhaps not in its storage yet is stored when the sweep begins.
+    """
+
+    buffers: list[str]
+
+
 class Sweep(msgspec.Struct, tag="sweep", frozen=True):
-    """All that a former io process left has been adopted: its maps are checked against their records from now on, in
-    slices; then map memory that none of them uses is free.
+    """All that a former io process left has been adopted: what of it is not stored yet is, then its maps are checked
+    against their records, in slices; then map memory that none of them uses is free.
+
+    A storage that does not answer, or refuses to store that, has its images corrupted.
 
     An image whose map does not fit is corrupted (EBADMSG). `lost`: the serials of images that could not be adopted.
     `Inventory.swept` tells when it has ended; until then no adopted image is served or dropped (EBUSY).
@@ -283,6 +298,7 @@ Message = (
     | FinishImage
     | Take
     | Drop
+    | Unstored
     | Sweep
     | EndQuarantine
     | ResizeDevice
@@ -296,7 +312,7 @@ Message = (
 class DeviceReport(msgspec.Struct, frozen=True):
     """A device as the io process has it. `serving`: its queues are armed. Counters are requests, `copied` bytes.
 
-    They count from when the device was served.
+    They count from when the device was served. `buffers`: see ServeDevice.
     """
 
     device: str
@@ -309,6 +325,7 @@ class DeviceReport(msgspec.Struct, frozen=True):
     copied: int = 0
     waits: int = 0
     parked: int = 0
+    buffers: str = ""
 
 
 class ImageReport(msgspec.Struct, frozen=True):
@@ -373,4 +390,4 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 Answer = Done | Refused
 
-VERSION = 4
+VERSION = 5

@@ -81,7 +81,7 @@ class IoServer:
             case messages.OpenDevice():
                 self._devices.open(message, descriptors)
             case messages.ServeDevice():
-                self._devices.serve(message)
+                self._devices.serve(message, descriptors)
             case messages.CloseDevice():
                 self._devices.close(message)
             case messages.Mark():
@@ -118,6 +118,8 @@ class IoServer:
                 self._instants.drop(message)
             case messages.ResizeDevice():
                 self._images.resize_device(message, descriptors)
+            case messages.Unstored():
+                self._sweeping.add_unstored(message, descriptors)
             case messages.Sweep():
                 self._sweeping.begin(message)
             case messages.EndQuarantine():

@@ -8,6 +8,16 @@ from contextlib import suppress
 from typing import Self
 
 
+def check_allocated(descriptor: int, least: int, what: str) -> int:
+    """Bytes of a file that has no holes. Raises OSError(EINVAL) for another, or one of less than `least`."""
+    status = os.fstat(descriptor)
+    if status.st_size < least:
+        raise OSError(errno.EINVAL, f"{what}: {status.st_size} bytes, {least} are needed")
+    if status.st_blocks * 512 < status.st_size:
+        raise OSError(errno.EINVAL, f"{what}: only {status.st_blocks * 512} of {status.st_size} bytes are allocated")
+    return status.st_size
+
+
 class StateMap:
     """A state file mapped shared, all of it resident from the beginning. It has one user at first; see `hold`."""
 
@@ -17,14 +27,8 @@ class StateMap:
         Raises OSError(EINVAL) for a file that is shorter or has holes: touching a hole of a full tmpfs would end the
         process.
         """
-        status = os.fstat(descriptor)
-        if status.st_size < least:
-            raise OSError(errno.EINVAL, f"{what}: {status.st_size} bytes, {least} are needed")
-        if status.st_blocks * 512 < status.st_size:
-            raise OSError(
-                errno.EINVAL, f"{what}: only {status.st_blocks * 512} of {status.st_size} bytes are allocated"
-            )
-        self.memory = mmap.mmap(descriptor, status.st_size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        size = check_allocated(descriptor, least, what)
+        self.memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._users = 1
 
     def hold(self) -> Self:

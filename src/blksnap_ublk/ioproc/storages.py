@@ -2,6 +2,8 @@
 """Difference storages with their areas, and the map memory that all images share."""
 
 import errno
+import hashlib
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -17,7 +19,10 @@ WAIT_LIMIT_MS = 1_000_000_000_000
 
 @dataclass
 class DifferenceStorage:
-    """A storage; `images` are those that use it. `adopted`: its quarantine has not ended."""
+    """A storage; `images` are those that use it. `adopted`: its quarantine has not ended.
+
+    `storing`: a thread that may still write to it what a former io process had not stored.
+    """
 
     name: str
     storage: Storage
@@ -26,6 +31,12 @@ class DifferenceStorage:
     records: list[StateMap] = field(default_factory=list)
     images: set[str] = field(default_factory=set)
     adopted: bool = False
+    storing: threading.Thread | None = None
+
+
+def number_of(name: str) -> int:
+    """What tells a storage from others where there is no room for its name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 class Storages:
@@ -53,7 +64,7 @@ class Storages:
             raise OSError(errno.EEXIST, f"there is a storage {message.storage!r} already")
         state = StateMap(descriptors[0], STORAGE_STATE_BYTES, "storage state")
         try:
-            storage = Storage(state.memory, unit=message.unit, adopt=message.adopt)
+            storage = Storage(state.memory, unit=message.unit, number=number_of(message.storage), adopt=message.adopt)
         except BaseException:
             state.close()
             raise
@@ -95,6 +106,8 @@ class Storages:
         storage = self.find(message.storage)
         if storage.images:
             raise OSError(errno.EBUSY, f"the images {', '.join(sorted(storage.images))} use it")
+        if storage.storing is not None and storage.storing.is_alive():
+            raise OSError(errno.EBUSY, "a write to it has not ended")
         storage.storage.close()
         del self._storages[message.storage]
         for memory in (storage.state, *storage.records):

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""What a former io process left: checked in slices between messages, then what it did not use is free."""
+"""What a former io process left: stored where it was not yet, checked in slices between messages, then what it did not
+use is free.
+"""
 
 import errno
 import logging
+import time
 from collections.abc import Callable
 
-from blksnap_ublk.engine import Sweep
+from blksnap_ublk.engine import BUFFERS_BYTES, Sweep
 from blksnap_ublk.ioproc import messages
+from blksnap_ublk.ioproc.devices import expect
 from blksnap_ublk.ioproc.images import Images
+from blksnap_ublk.ioproc.state_map import StateMap
 from blksnap_ublk.ioproc.storages import MapMemory, Storages
+from blksnap_ublk.ioproc.storing import Storing
+from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.rpc.loop import Loop
 
 log = logging.getLogger(__name__)
 
 SLICE = 0.01
+STORE_LIMIT = 30.0
+"""Seconds for storages to take what was not stored, as for any copy."""
 
 
 class Sweeping:
@@ -27,7 +36,11 @@ class Sweeping:
         self._images = images
         self._map_memory = map_memory
         self._done = done
+        self._unstored: list[StateMap] = []
+        self._storing: list[Storing] | None = None
+        self._store_until = 0.0
         self._sweep: Sweep | None = None
+        self._lost: list[int] = []
         self._ended = False
         self._quarantine_ended = False
 
@@ -36,17 +49,48 @@ class Sweeping:
         """Whether nothing that was adopted waits for the end of a sweep."""
         return self._ended or not (self._map_memory.adopted or self._images.unswept() or self._storages.adopted())
 
+    def add_unstored(self, message: messages.Unstored, descriptors: Descriptors) -> None:
+        """Raises OSError; EALREADY after `begin`, EINVAL for files that are too short."""
+        self._refuse_begun()
+        expect(descriptors, len(message.buffers), message)
+        for index, name in enumerate(message.buffers):
+            self._unstored.append(StateMap(descriptors[index], BUFFERS_BYTES, f"buffers {name}"))
+
     def begin(self, message: messages.Sweep) -> None:
         """Raises OSError; EALREADY for a second one."""
-        if self._sweep is not None or self._ended:
+        self._refuse_begun()
+        self._lost = message.lost
+        self._store_until = time.monotonic() + STORE_LIMIT
+        self._storing = [Storing(each, self._unstored) for each in self._storages.adopted() if self._unstored]
+        self._loop.later(0, self._store)
+
+    def _refuse_begun(self) -> None:
+        if self._storing is not None or self._ended:
             raise OSError(errno.EALREADY, "what was adopted has been swept, or is about to be")
+
+    def _store(self) -> None:
+        """Waits until all is stored that was released early; then the sweep begins."""
+        assert self._storing is not None
+        late = [each for each in self._storing if each.thread.is_alive()]
+        if late and time.monotonic() < self._store_until:
+            self._loop.later(SLICE, self._store)
+            return
+        for each in self._storing:
+            error = errno.ETIMEDOUT if each in late else each.error
+            if error:
+                log.error("storage %s: what was to be kept in it cannot be stored", each.storage.name)
+                self._images.break_storage(messages.BreakStorage(each.storage.name, error))
+        if not late:
+            for buffers in self._unstored:
+                buffers.close()
+        self._unstored = []
         self._sweep = Sweep(
             self._map_memory.arena,
             [each.storage for each in self._storages.adopted()],
             [each.image for each in self._images.unswept()],
-            lost=message.lost,
+            lost=self._lost,
         )
-        self._loop.later(0, self._go_on)
+        self._go_on()
 
     def end_quarantine(self) -> None:
         """At once, or after the sweep."""

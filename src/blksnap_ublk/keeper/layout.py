@@ -4,7 +4,7 @@
 import os
 from pathlib import Path
 
-LAYOUT = 4
+LAYOUT = 5
 """Grows with every change after which an older program misreads the state files, or this one those of an older."""
 
 

@@ -17,7 +17,7 @@ from blksnap_ublk.host import blockdev, claim, holders, pagecache, stack
 from blksnap_ublk.host.blockdev import BlockDevice
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import naming, same_device, saved_changes
+from blksnap_ublk.snapshot import buffers, naming, same_device, saved_changes
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, Served
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.saved_changes import Recall
@@ -242,7 +242,7 @@ def _serve(
     context.disks.links.filtered(entry)
     open_at_io(context, entry, descriptor)
     undo.callback(quietly, context.io.end, messages.CloseDevice(entry.key))
-    context.io.call(serve_message(entry.key, served))
+    buffers.serve(context, serve_message(entry.key, served))
     undo.callback(quietly, context.disks.stop, served.ublk_id)
     begin_writes()
     context.disks.start(served.ublk_id, context.io.pid, context.io.lost)

@@ -125,5 +125,8 @@ class Context:
     """The io process checks what a dead one left; until it has ended no image of that is served or dropped."""
     making: set[str] = field(default_factory=set)
     """Keys of storages that are being opened for snapshots that are not in the catalogue yet."""
+    buffers: set[str] = field(default_factory=set)
+    """Names of buffers that are being handed to the io process, while `handing_over` is held."""
+    handing_over: threading.Lock = field(default_factory=threading.Lock)
     unheld: set[str] = field(default_factory=set)
     """Keys of storages in use, some of whose files this process could not open again yet."""

@@ -13,7 +13,7 @@ from blksnap_ublk.errors import BlksnapError, Busy, NotFound, from_os_error
 from blksnap_ublk.host import pagecache
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import destroy, disks, naming, same_device, saved_changes
+from blksnap_ublk.snapshot import buffers, destroy, disks, naming, same_device, saved_changes
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
@@ -151,6 +151,8 @@ def take_apart(context: Context, entry: DeviceEntry, *, in_use: bool = True) -> 
     if history is not None:
         history.remove()
     context.state.remove(f"device-{entry.key}")
+    with suppress(BlksnapError):
+        buffers.remove_unused(context)
     context.conditions.pop(entry.key, None)
     context.catalogue.remove_device(entry.key)
     return warnings

@@ -166,8 +166,12 @@ class Disks:
         return [info for info in found if not self._is_ours(info)]
 
     def filtered(self, keys: Iterable[str]) -> dict[str, int]:
-        """The ids of the filtered devices of these keys that wait for a server. Raises OSError."""
-        waiting = {_mark_of(info): info.id for info in self.ours() if info.state is DeviceState.QUIESCED}
+        """The ids of the filtered devices of these keys that have a disk. Raises OSError.
+
+        Where a server has died a moment ago the kernel may not know that yet.
+        """
+        states = (DeviceState.LIVE, DeviceState.QUIESCED)
+        waiting = {_mark_of(info): info.id for info in self.ours() if info.state in states}
         return {key: waiting[int(key, 16)] for key in keys if int(key, 16) in waiting}
 
     def sweep_links(self, catalogue: Catalogue) -> None:

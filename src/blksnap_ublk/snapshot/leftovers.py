@@ -14,7 +14,7 @@ from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.host import blockdev
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import attach, map_memory, naming, releasing
+from blksnap_ublk.snapshot import attach, buffers, map_memory, naming, releasing
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.ublk.device_info import DeviceState
@@ -80,6 +80,7 @@ def remove_unknown(context: Context, keys: Collection[str]) -> None:
     devices |= {report.device for report in inventory.devices}
     _remove_descriptors(context, names, storage_keys, devices)
     _remove_files(context, files, snapshots | storage_keys, devices)
+    buffers.remove_unused(context)
     map_memory.remove_unused(context)
 
 

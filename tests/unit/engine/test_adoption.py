@@ -56,11 +56,13 @@ def _copy(of: mmap.mmap) -> mmap.mmap:
 class Process:
     """An engine with one filtered device and images of it in one storage."""
 
-    def __init__(self, folder: Path, remains: Remains, *, adopt: bool = False) -> None:
+    def __init__(
+        self, folder: Path, remains: Remains, *, adopt: bool = False, buffers: tuple[int, int] | None = None
+    ) -> None:
         self.remains = remains
         self._stack = ExitStack()
         stack = self._stack
-        self.thread = stack.enter_context(engine.Thread())
+        self.thread = stack.enter_context(engine.Thread(buffers=buffers))
         self.origin = stack.enter_context(_open(folder / "origin"))
         self.file = stack.enter_context(_open(folder / "storage", storage=True))
         self.arena = stack.enter_context(engine.Arena())

@@ -50,6 +50,8 @@ class Aftermath(Instants):
             return
         self.next_step()
         if not self.sweep:
+            self.store_unstored()
+            self.unstored = []
             storages = [store.storage for store in self.stores]
             self.sweep = engine.Sweep(self.arena, storages, [held.image for held in self.adopted], lost=self.lost)
         if self.sweep.run(-1.0):

@@ -98,6 +98,8 @@ def _adopt(world: World, portions: list[Any]) -> None:
     """What the successor does before it serves anything."""
     for store in world.stores:
         store.adopt(world.sim)
+    # Images are looked at after each step. It does no harm to do it again: see Aftermath.sweep_portion.
+    world.store_unstored()
     for portion in portions:
         world.arena.add(portion, adopt=True)
     world.portions = portions

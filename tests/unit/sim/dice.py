@@ -52,6 +52,7 @@ class Dice:
                 zero_copy=die.random() < 0.5,
                 storages=die.choice(STORAGES) if die.random() < 0.7 else small_storages(die),
                 map_memory=die.random() < 0.9,
+                early=die.random() < 0.5,
             ),
             prompt=die.random() < 0.6,
         )

@@ -133,3 +133,5 @@ def close(world: World) -> None:
         store.storage.close()
     world.arena.close()
     world.sim.close()
+    for buffers in world.buffers + world.unstored:
+        buffers.close()

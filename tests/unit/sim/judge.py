@@ -54,11 +54,36 @@ class Judge(Machine):
         self.store_errors.clear()
         self.read_errors.clear()
         self.waited.clear()
+        self.measure_waits()
         self.ticks = False
         for store in self.stores:
             store.unused_before = store.unused
         for held in self.held:
             held.content.next_step()
+
+    def measure_waits(self) -> None:
+        """How long requests of each disk have waited by now."""
+        for request in self.requests.values():
+            if request.changes and request.id not in self.of_image:
+                number = self.disk_of_queue[request.queue].number
+                self.waited[number] = max(self.waited.get(number, 0), self.ns - request.submitted_ns)
+
+    def doomed(self, io: SimIo) -> set[int]:
+        """Serials of the images that break if this copy fails: those that lack its units, or read them from it."""
+        chain = self.chain_of_copy(io)
+        lacking = would_break(chain, range(io.unit, io.unit + io.units))
+        store = self.store_of(io) if io.op is Op.WRITE and not io.request else None
+        if store is None:
+            return lacking
+        first = store.places_of(io).stop - io.units
+        reading = {
+            held.serial
+            for unit in range(io.units)
+            for n, held in enumerate(chain)
+            if next((slot for other in chain[n:] if (slot := self.sim.slot(other.image, io.unit + unit))), 0)
+            == first + unit + 1
+        }
+        return lacking | reading
 
     def know(self, started: list[SimIo]) -> None:
         """I/O that has been submitted."""
@@ -68,12 +93,16 @@ class Judge(Machine):
             assert not io.request or not self.requests[io.request].parked, "a change passes the closed gate"
             store = self.store_of(io) if io.op is Op.WRITE else None
             if store:
-                store.write_began(io, functools.partial(self._names, store))
+                store.write_began(io, functools.partial(self._names, store, self._published_by(io)))
                 self._check_readers(store, io)
                 self._check_exempt(io)
 
-    def _names(self, store: Store, place: int) -> bool:
-        return place in self.named_places(store)
+    def _published_by(self, write: SimIo) -> range:
+        """Units that are published when this write begins: early release."""
+        return range(write.unit, write.unit + write.units) if self.shape.early and not write.request else range(0)
+
+    def _names(self, store: Store, but: range, place: int) -> bool:
+        return place in self.named_places(store, but)
 
     def _check_readers(self, store: Store, write: SimIo) -> None:
         places = store.places_of(write)

@@ -9,7 +9,7 @@ import numpy as np
 
 from blksnap_ublk import engine
 from blksnap_ublk.engine.request import Op
-from blksnap_ublk.engine.sim import SLOT_ZERO, HeldMapMemory, SimIo, Simulator
+from blksnap_ublk.engine.sim import SLOT_ZERO, HeldMapMemory, SimBuffers, SimIo, Simulator
 from tests.unit.sim.disk import Disk, Request
 from tests.unit.sim.held import Held
 from tests.unit.sim.shape import Shape
@@ -26,10 +26,13 @@ class Machine:
         self.requests: dict[int, Request] = {}
         self.starved = not shape.map_memory
         """Whether map memory was ever short."""
+        self.buffers: list[SimBuffers] = []
+        self.unstored: list[SimBuffers] = []
+        """Buffers of dead processes: data may be there and nowhere else."""
         self.flipped = False
         """Whether a test has changed shared state: images may be lost or break, and show nothing wrong."""
         self.begin()
-        self.stores = [Store(self.sim, self.shape.unit, areas) for areas in self.shape.storages]
+        self.stores = [Store(self.sim, self.shape.unit, areas, n) for n, areas in enumerate(self.shape.storages)]
         self.disks = [Disk(self.sim, shape, self.threads, number) for number in range(shape.disks)]
         self.know_queues()
         self.ns = 1
@@ -40,7 +43,12 @@ class Machine:
     def begin(self, *, former: bool = False) -> None:
         """What a process has for itself when it starts, but for storages and devices. `former`: there was another."""
         self.sim = Simulator()
-        self.threads = [self.sim.add_thread(self.shape.pool) for _ in range(self.shape.threads)]
+        self.unstored = [*self.unstored, *self.buffers]
+        self.buffers = [SimBuffers(self.shape.pool) for _ in range(self.shape.threads) if self.shape.early]
+        self.threads: list[int] = [
+            self.sim.add_thread(self.shape.pool, self.buffers[n] if self.buffers else None)
+            for n in range(self.shape.threads)
+        ]
         self.arena = engine.Arena()
         self.portions: list[Any] = []
         """Map memory, as it was added."""
@@ -66,6 +74,12 @@ class Machine:
         self.of_image: dict[int, Held] = {}
         """Of requests of images: which one."""
         self.scarcity: HeldMapMemory | None = None
+
+    def store_unstored(self) -> None:
+        """What dead processes had released early is stored."""
+        for store in self.stores:
+            for buffers in self.unstored:
+                buffers.store(store.storage)
 
     def know_queues(self) -> None:
         """After the queues of the devices were made."""
@@ -100,13 +114,14 @@ class Machine:
         """Whether the gate is closed and nothing that passed it is under way."""
         return disk.gate_closed and disk.device.drained
 
-    def named_places(self, store: Store) -> set[int]:
-        """Places that a map of an image has."""
+    def named_places(self, store: Store, but: range = range(0)) -> set[int]:
+        """Places that a map of an image has, for other units than `but`."""
         return {
             slot - 1
             for held in self.held + self.gone
             if held.store is store
             for unit in range(self.shape.units)
+            if unit not in but
             for slot in (self.sim.slot(held.image, unit), self.sim.written_slot(held.image, unit))
             if 0 < slot < SLOT_ZERO
         }

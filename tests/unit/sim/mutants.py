@@ -30,6 +30,7 @@ GROUPS = {
             "exempt",
             "yield",
             "death",
+            "early_release",
             "adoption",
             "flips",
             "growing",

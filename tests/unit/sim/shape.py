@@ -25,6 +25,8 @@ class Shape:
     zero_copy: bool = True
     storages: tuple[tuple[int, ...], ...] = ((1000,),)
     pool: int = 2 << 20
+    early: bool = False
+    """Whether writes go on when the old data is in a buffer: buffers outlive a process."""
     map_memory: bool = True
     """Whether there is any at the beginning."""
 

@@ -30,11 +30,12 @@ class Place:
 class Store:
     """A storage of areas that lie in files of their own."""
 
-    def __init__(self, sim: Simulator, unit: int, areas: tuple[int, ...]) -> None:
+    def __init__(self, sim: Simulator, unit: int, areas: tuple[int, ...], number: int) -> None:
         self.sim = sim
         self.unit = unit
+        self.number = number
         self.state = np.zeros(engine.STORAGE_STATE_BYTES, dtype=np.uint8)
-        self.storage = engine.Storage(self.state, unit=unit)
+        self.storage = engine.Storage(self.state, unit=unit, number=number)
         self.files: dict[int, tuple[SimFile, int]] = {}
         """By index: the file, and the place that it begins with."""
         self.records: list[tuple[int, Any]] = []
@@ -65,7 +66,7 @@ class Store:
         """Another process has it from now on: with the shared memory that there is, and files that hold the same."""
         self.sim = sim
         self.quarantined = bool(self.state.view(np.uint64)[2])
-        self.storage = engine.Storage(self.state, unit=self.unit, adopt=True)
+        self.storage = engine.Storage(self.state, unit=self.unit, number=self.number, adopt=True)
         self.files = {}
         for content, (first, records) in zip(self._contents, self.records, strict=True):
             file = sim.add_file(len(content))

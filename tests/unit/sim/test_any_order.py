@@ -38,6 +38,7 @@ shapes = st.builds(
     queues=st.integers(1, 3),
     depth=st.sampled_from([1, 2, 8]),
     zero_copy=st.booleans(),
+    early=st.booleans(),
     storages=st.sampled_from(STORAGES),
     map_memory=st.sampled_from([True, True, True, False]),
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -28,9 +29,9 @@ MENDED = {(Fate.ERROR, errno.EAGAIN), (Fate.SHORT, 0)}
 BREAKING = {Kind.COPY_WRITE, Kind.IMAGE_FROM_STORAGE}
 
 
-def play(scenario: Scenario, fault: Fault | None) -> None:
+def play(scenario: Scenario, fault: Fault | None, *, early: bool) -> None:
     """The whole story and its end; nothing may break but for a reason."""
-    world = World(scenario.shape)
+    world = World(replace(scenario.shape, early=early))
     scenario.story(world, fault)
     broken = [held for held in world.held if held.image.status[0] is not ImageStatus.ACTIVE]
     harmless = not fault or not fault.met or (fault.fate, fault.error) in MENDED
@@ -41,16 +42,17 @@ def play(scenario: Scenario, fault: Fault | None) -> None:
     end(world)
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["", "early"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=[scenario.name for scenario in SCENARIOS])
-def test_every_io_fails_once(scenario: Scenario) -> None:
-    play(scenario, None)
+def test_every_io_fails_once(scenario: Scenario, early: bool) -> None:
+    play(scenario, None, early=early)
     for kind in Kind:
         for fate, error in FATES:
             number = 1
             while True:
                 fault = Fault(kind, number, fate, error)
                 try:
-                    play(scenario, fault)
+                    play(scenario, fault, early=early)
                 except AssertionError as reason:
                     raise AssertionError(f"with {fault}: {reason}") from reason
                 if not fault.met:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The process dies in the midst of a step: a write to a storage has ended, its records and slots are on the way."""
+"""The process dies in the midst of a step: a write to a storage has ended, its records and slots are on the way.
+
+Or, with early release, the read of a copy has.
+"""
 
 from __future__ import annotations
 
@@ -46,33 +49,36 @@ class _Unit:
 
 def tear(world: World, cut: Cut) -> bool:
     """Leaves shared memory as a death in the midst of it does; `kill` must follow. Whether there was such a write."""
-    writes = [io for io in world.ios.values() if io.op is Op.WRITE and world.store_of(io)]
+    writes = [io for io in world.ios.values() if _publishes(world, io)]
     if not writes:
         return False
     io = writes[cut.write % len(writes)]
-    store = world.store_of(io)
-    assert store
     every = world.held + world.gone
     slots = {(held.serial, written): _slots(held, io, written) for held in every for written in (False, True)}
     statuses = [held.state[STATUS].copy() for held in every]
-    records = [(first, memory.copy()) for first, memory in store.records]
+    records = {store.number: [(first, memory.copy()) for first, memory in store.records] for store in world.stores}
     world.sim.complete(io.id)
     del world.ios[io.id]
     for held, status in zip(every, statuses, strict=True):
         held.state[STATUS] = status
-    first = store.places_of(io).stop - io.units
     for held in every:
         for written in (False, True):
             before, now = slots[held.serial, written], _slots(held, io, written)
             found = [
-                _Unit(io.unit + n, first + n, before[n])
+                _Unit(io.unit + n, now[n] - 1, before[n])
                 for n in range(io.units)
-                if now[n] == first + n + 1 != before[n]
+                if now[n] != before[n] and 0 < now[n] < SLOT_ZERO
             ]
             if found:
                 _unpublish(world, held, found, cut, written=written)
-                _forget(store, records, found, cut, written=written)
+                _forget(held.store, records[held.store.number], found, cut, written=written)
     return True
+
+
+def _publishes(world: World, io: SimIo) -> bool:
+    if io.op is Op.WRITE:
+        return world.store_of(io) is not None
+    return world.shape.early and io.op is Op.READ and not io.request and not world.store_of(io)
 
 
 def _slots(held: Held, io: SimIo, written: bool) -> list[int]:

@@ -17,7 +17,7 @@ from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import ALL, HeldMapMemory, SimIo
 from tests.unit.sim.aftermath import Aftermath
 from tests.unit.sim.disk import WORDS, Request, filled, stamps
-from tests.unit.sim.held import Held, would_break
+from tests.unit.sim.held import Held
 from tests.unit.sim.shape import SECTOR
 from tests.unit.sim.store import Place
 
@@ -151,7 +151,7 @@ class World(Aftermath):
         self.next_step()
         del self.ios[at.id]
         self.applied.discard(at.id)
-        doomed = would_break(self.chain_of_copy(at), range(at.unit, at.unit + at.units)) if result <= 0 else set()
+        doomed = self.doomed(at) if result <= 0 else set()
         del self.since[at.id]
         self.sim.complete(at.id, result)
         started = self.sim.started()
@@ -190,10 +190,7 @@ class World(Aftermath):
         self.next_step()
         self.ticks = True
         self.ns += ns
-        for request in self.requests.values():
-            if request.changes and request.id not in self.of_image:
-                disk = self.disk_of_queue[request.queue]
-                self.waited[disk.number] = max(self.waited.get(disk.number, 0), self.ns - request.submitted_ns)
+        self.measure_waits()
         self.sim.tick(ns)
         self.settle()
 

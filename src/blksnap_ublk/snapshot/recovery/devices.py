@@ -14,7 +14,7 @@ from blksnap_ublk.errors import BlksnapError, Failed
 from blksnap_ublk.forms import DeviceState
 from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import attach, naming
+from blksnap_ublk.snapshot import attach, buffers, naming
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.recovery import histories
@@ -98,7 +98,7 @@ def _recover(context: Context, device: DeviceEntry, armed: bool, patience: float
         raise Failed("its disk was removed by somebody else", advice="detach it")
     if not armed:
         context.disks.begin_recovery(served.ublk_id, patience)
-        context.io.call(attach.serve_message(device.key, served))
+        buffers.serve(context, attach.serve_message(device.key, served))
     context.disks.end_recovery(served.ublk_id, context.io.pid)
 
 

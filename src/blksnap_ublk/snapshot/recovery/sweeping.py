@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import releasing
+from blksnap_ublk.ioproc.client import IoRefused
+from blksnap_ublk.snapshot import buffers, releasing
 from blksnap_ublk.snapshot.catalogue import SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 
@@ -16,10 +18,17 @@ def begin(context: Context, snapshots: list[SnapshotEntry]) -> None:
     context.quarantine = True
     inventory = context.io.inventory()
     context.sweeping = not inventory.swept
-    if context.sweeping:
-        there = {report.image for report in inventory.images}
-        lost = {image.serial for entry in snapshots for image in entry.images if image.key not in there}
+    if not context.sweeping:
+        return
+    there = {report.image for report in inventory.images}
+    lost = {image.serial for entry in snapshots for image in entry.images if image.key not in there}
+    try:
+        buffers.tell_unstored(context, inventory)
         context.io.call(messages.Sweep(sorted(lost)))
+    except IoRefused as error:
+        # Another control process has told it, and died.
+        if error.errno != errno.EALREADY:
+            raise
 
 
 def wait(context: Context, seconds: float) -> None:
@@ -27,9 +36,11 @@ def wait(context: Context, seconds: float) -> None:
     end = time.monotonic() + seconds
     while context.sweeping:
         context.sweeping = not context.io.inventory().swept
-        if time.monotonic() > end:
+        if not context.sweeping:
+            buffers.remove_unused(context)
+        elif time.monotonic() > end:
             return
-        if context.sweeping:
+        else:
             time.sleep(0.01)
 
 
