@@ -19,7 +19,9 @@ static void leave(struct bsu_queue *queue)
 
 	while ((task = bsu_tasks_pop(&queue->ready)))
 		task->run(task);
-	atomic_store(&queue->pass, atomic_load_explicit(&queue->pass, memory_order_relaxed) + 1);
+	/* What was looked at inside was looked at before; nothing outside has to wait for this to be seen. */
+	atomic_store_explicit(&queue->pass, atomic_load_explicit(&queue->pass, memory_order_relaxed) + 1,
+			      memory_order_release);
 }
 
 static int make_operations(struct bsu_queue *queue)

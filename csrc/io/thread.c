@@ -24,12 +24,12 @@ enum {
 
 /* ---- rings ---- */
 
-static int ring_init(struct bsu_thread *thread, struct bsu_ring *ring, unsigned int slots)
+static int ring_init(struct bsu_thread *thread, struct bsu_ring *ring, unsigned int slots, unsigned int flags)
 {
 	unsigned int cqes = thread->config.entries * CQES_PER_SQE;
 	struct io_uring_params params = {
-		.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN |
-			 IORING_SETUP_SUBMIT_ALL | IORING_SETUP_CQSIZE,
+		.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SUBMIT_ALL |
+			 IORING_SETUP_CQSIZE | flags,
 		.cq_entries = cqes < MAX_CQES ? cqes : MAX_CQES,
 	};
 	struct iovec pool = { .iov_base = thread->memory, .iov_len = thread->config.pool_bytes };
@@ -60,13 +60,14 @@ static int rings_init(struct bsu_thread *thread)
 {
 	int ret;
 
-	ret = ring_init(thread, &thread->origin, thread->config.slots);
+	ret = ring_init(thread, &thread->origin, thread->config.slots, IORING_SETUP_DEFER_TASKRUN);
 	if (ret)
 		return ret;
 	ret = io_uring_register_files_sparse(&thread->origin.uring, BSU_THREAD_FILES);
 	if (ret)
 		goto out_origin;
-	ret = ring_init(thread, &thread->storage, 0);
+	/* Not deferred: what has ended is there after any entry to the kernel, so no sleep is followed by one to get it. */
+	ret = ring_init(thread, &thread->storage, 0, 0);
 	if (ret)
 		goto out_origin;
 	if (thread->config.lock_fd >= 0) {
@@ -77,6 +78,7 @@ static int rings_init(struct bsu_thread *thread)
 	ret = io_uring_register_eventfd(&thread->storage.uring, thread->wake_fd);
 	if (ret)
 		goto out_storage;
+	io_uring_cq_eventfd_toggle(&thread->storage.uring, false);
 	return 0;
 
 out_storage:
@@ -112,11 +114,28 @@ static void arm_wake(struct bsu_thread *thread)
 	thread->wake_armed = true;
 }
 
+/* A second that the kernel counts spares each pass a look at the clock, and each sleep a timer of its own. */
+static void arm_tick(struct bsu_thread *thread)
+{
+	static struct __kernel_timespec period = { .tv_sec = 1 };
+	struct io_uring_sqe *sqe;
+
+	if (thread->tick_armed)
+		return;
+	sqe = io_uring_get_sqe(&thread->origin.uring);
+	if (!sqe)
+		return;
+	io_uring_prep_timeout(sqe, &period, 0, 0);
+	sqe->user_data = BSU_TAG_TICK;
+	thread->tick_armed = true;
+}
+
 static void answer_messages(struct bsu_thread *thread)
 {
 	struct bsu_message *message, *next;
 
-	if (!atomic_exchange(&thread->any_message, false))
+	/* Looked at first, here and below: an exchange that finds nothing costs as much as one that does. */
+	if (!atomic_load(&thread->any_message) || !atomic_exchange(&thread->any_message, false))
 		return;
 	pthread_mutex_lock(&thread->lock);
 	message = thread->messages;
@@ -139,68 +158,87 @@ static void answer_messages(struct bsu_thread *thread)
  */
 static void run_awake(struct bsu_thread *thread)
 {
-	bool again = true;
-
-	for (unsigned int pass = 0; again && pass < AWAKE_PASSES; pass++) {
-		again = false;
+	for (unsigned int pass = 0; pass < AWAKE_PASSES; pass++) {
+		if (!atomic_load(&thread->any_awake) || !atomic_exchange(&thread->any_awake, false))
+			return;
 		for (unsigned int i = 0; i < thread->top; i++) {
 			struct bsu_transport *transport = thread->transport[i];
 
-			if (!transport || !atomic_exchange(&transport->awake, false))
+			if (!transport || !atomic_load(&transport->awake) ||
+			    !atomic_exchange(&transport->awake, false))
 				continue;
 			if (transport->queue)
 				bsu_queue_run(transport->queue);
 			transport->kind->run(transport);
-			again = true;
 		}
 	}
-}
-
-static bool anything_awake(struct bsu_thread *thread)
-{
-	for (unsigned int i = 0; i < thread->top; i++)
-		if (thread->transport[i] && atomic_load(&thread->transport[i]->awake))
-			return true;
-	return atomic_load(&thread->any_message);
 }
 
 /* Fills the rings; false when they were too small for all there is. */
 static bool flush(struct bsu_thread *thread)
 {
-	bool all;
+	bool all = true;
 
 	arm_wake(thread);
-	all = thread->wake_armed;
-	for (unsigned int i = 0; i < thread->top; i++)
-		if (thread->transport[i])
-			all &= thread->transport[i]->kind->flush(thread->transport[i], &thread->origin.uring);
+	arm_tick(thread);
+	if (thread->any_command) {
+		for (unsigned int i = 0; i < thread->top; i++)
+			if (thread->transport[i])
+				all &= thread->transport[i]->kind->flush(thread->transport[i], &thread->origin.uring);
+		thread->any_command = !all;
+	}
+	all &= thread->wake_armed && thread->tick_armed;
 	all &= bsu_ring_flush(thread, &thread->origin);
 	all &= bsu_ring_flush(thread, &thread->storage);
 	return all;
 }
 
+/*
+ * True when there is nothing to do before the origin ring's next completion.
+ * Who has something for us, a worker thread of the storage ring too, says what
+ * first and then looks whether we sleep; we say that we sleep, then look.
+ */
+static bool falls_asleep(struct bsu_thread *thread)
+{
+	struct io_uring *storage = &thread->storage.uring;
+
+	atomic_store(&thread->asleep, true);
+	if (thread->storage.out) {
+		io_uring_cq_eventfd_toggle(storage, true);
+		atomic_thread_fence(memory_order_seq_cst);
+		if (io_uring_cq_ready(storage) || io_uring_cq_has_overflow(storage))
+			return false;
+	}
+	return !atomic_load(&thread->any_awake) && !atomic_load(&thread->any_message);
+}
+
 static void submit_and_wait(struct bsu_thread *thread, bool wait)
 {
 	struct io_uring *ring = &thread->origin.uring;
-	uint64_t now = bsu_transport_now(NULL);
-	uint64_t until = thread->next_run && thread->next_run < thread->next_tick ? thread->next_run : thread->next_tick;
-	uint64_t left = until > now ? until - now : 0;
-	struct __kernel_timespec ts = {
-		.tv_sec = (long long)(left / NS_PER_S),
-		.tv_nsec = (long long)(left % NS_PER_S),
-	};
+	struct __kernel_timespec ts = { 0 };
 	struct io_uring_cqe *cqe;
 	int ret;
 
-	if (!wait || !left) {
+	if (wait && thread->next_run) {
+		uint64_t now = bsu_thread_now(thread);
+		uint64_t left = thread->next_run > now ? thread->next_run - now : 0;
+
+		ts.tv_sec = (long long)(left / NS_PER_S);
+		ts.tv_nsec = (long long)(left % NS_PER_S);
+		wait = left;
+	}
+	if (!wait || !falls_asleep(thread))
 		ret = io_uring_submit_and_get_events(ring);
-	} else {
-		atomic_store(&thread->asleep, true);
-		if (anything_awake(thread))
-			ret = io_uring_submit_and_get_events(ring);
-		else
-			ret = io_uring_submit_and_wait_timeout(ring, &cqe, 1, &ts, NULL);
-		atomic_store(&thread->asleep, false);
+	else if (thread->next_run)
+		ret = io_uring_submit_and_wait_timeout(ring, &cqe, 1, &ts, NULL);
+	else
+		/* Not for ever: it only waits when all was submitted, the next tick too. */
+		ret = io_uring_submit_and_wait(ring, 1);
+	thread->now = 0;
+	if (wait) {
+		/* Seen late, it costs a wake-up for nothing. */
+		atomic_store_explicit(&thread->asleep, false, memory_order_relaxed);
+		io_uring_cq_eventfd_toggle(&thread->storage.uring, false);
 	}
 	/* No memory for requests: give the kernel a moment, then try again. */
 	if (ret == -EAGAIN && io_uring_sq_ready(ring)) {
@@ -225,12 +263,16 @@ static void completion(struct bsu_thread *thread, struct bsu_ring *ring, const s
 		break;
 	case BSU_TAG_WAKE:
 		thread->wake_armed = false;
-		thread->wake_seen = true;
+		break;
+	case BSU_TAG_TICK:
+		thread->tick_armed = false;
+		thread->tick_due = true;
 		break;
 	}
 }
 
-static void reap(struct bsu_thread *thread, struct bsu_ring *ring)
+/* How many there were. */
+static unsigned int reap(struct bsu_thread *thread, struct bsu_ring *ring)
 {
 	struct io_uring_cqe *cqe;
 	unsigned int head, count = 0;
@@ -239,24 +281,26 @@ static void reap(struct bsu_thread *thread, struct bsu_ring *ring)
 		completion(thread, ring, cqe);
 		count++;
 	}
-	io_uring_cq_advance(&ring->uring, count);
+	if (count)
+		io_uring_cq_advance(&ring->uring, count);
+	return count;
 }
 
-static void serve_storage(struct bsu_thread *thread)
+/* True when I/O of it has ended. */
+static bool serve_storage(struct bsu_thread *thread)
 {
 	struct bsu_ring *ring = &thread->storage;
 
-	if (!io_uring_sq_ready(&ring->uring) && !(thread->wake_seen && ring->out))
-		return;
-	/* Cleared first: what ends from here on signals again. */
-	thread->wake_seen = false;
-	io_uring_submit_and_get_events(&ring->uring);
-	reap(thread, ring);
+	if (io_uring_sq_ready(&ring->uring) || io_uring_cq_has_overflow(&ring->uring)) {
+		io_uring_submit_and_get_events(&ring->uring);
+		thread->now = 0;
+	}
+	return reap(thread, ring);
 }
 
-static void run_at_time(struct bsu_thread *thread, uint64_t now)
+static void run_at_time(struct bsu_thread *thread)
 {
-	if (!thread->next_run || now < thread->next_run)
+	if (!thread->next_run || bsu_thread_now(thread) < thread->next_run)
 		return;
 	thread->next_run = 0;
 	for (unsigned int i = 0; i < thread->top; i++)
@@ -266,14 +310,10 @@ static void run_at_time(struct bsu_thread *thread, uint64_t now)
 
 static void tick(struct bsu_thread *thread)
 {
-	uint64_t now = bsu_transport_now(NULL);
-
-	run_at_time(thread, now);
-	if (now < thread->next_tick)
+	if (!thread->tick_due)
 		return;
-	thread->next_tick = now + NS_PER_S;
+	thread->tick_due = false;
 	/* A thread that was stopped for long must not give up what has ended. */
-	thread->wake_seen = true;
 	serve_storage(thread);
 	for (unsigned int i = 0; i < thread->top; i++) {
 		struct bsu_transport *transport = thread->transport[i];
@@ -294,11 +334,13 @@ static void loop(struct bsu_thread *thread)
 		answer_messages(thread);
 		run_awake(thread);
 		all = flush(thread);
-		serve_storage(thread);
 		/* Completions of the storage ring may have left more to submit. */
-		all = all && flush(thread) && !io_uring_sq_ready(&thread->storage.uring);
+		if (serve_storage(thread))
+			all = flush(thread);
+		all = all && !io_uring_sq_ready(&thread->storage.uring);
 		submit_and_wait(thread, all && !thread->quit);
 		reap(thread, &thread->origin);
+		run_at_time(thread);
 		tick(thread);
 	}
 }

@@ -5,9 +5,9 @@
  * A thread has two rings, both created, filled and emptied by it alone: the
  * origin ring (ublk commands, origin I/O, wake-ups) and the storage ring, so
  * that a storage which never answers cannot keep the barrier of an origin (see
- * bsu_thread_add_barrier()). It sleeps only in the wait of the origin ring; the
- * storage ring's completions and everything other threads want reach it
- * through one eventfd that the origin ring reads.
+ * bsu_thread_add_barrier()). It sleeps only in the wait of the origin ring; what
+ * the storage ring completes and what other threads want wakes it from that
+ * through one eventfd that the origin ring reads. Awake, it looks for itself.
  */
 #ifndef BSU_THREAD_H
 #define BSU_THREAD_H
@@ -22,12 +22,13 @@
 #define BSU_THREAD_FILES 512u
 #define BSU_THREAD_POOL (8u << 20)
 
-/* ---- user_data: a struct bsu_io, a command of a transport, or a wake-up ---- */
+/* ---- user_data: a struct bsu_io, a command of a transport, a wake-up, or a second gone by ---- */
 
 enum {
 	BSU_TAG_IO = 0,
 	BSU_TAG_COMMAND = 1,
 	BSU_TAG_WAKE = 2,
+	BSU_TAG_TICK = 3,
 	BSU_TAG_MASK = 7,
 };
 
@@ -66,7 +67,7 @@ struct bsu_transport;
 struct bsu_transport_kind {
 	/* Its thread, after bsu_transport_wake(). */
 	void (*run)(struct bsu_transport *transport);
-	/* Its thread, before each submission: false if the ring had no room for all. */
+	/* Its thread, before a submission, with thread->any_command: false if the ring had no room for all. */
 	bool (*flush)(struct bsu_transport *transport, struct io_uring *ring);
 	/* Its thread: a command of tag @tag has ended. */
 	void (*command_done)(struct bsu_transport *transport, uint16_t tag, int res);
@@ -128,14 +129,18 @@ struct bsu_thread {
 	bool barrier[BSU_THREAD_FILES];
 	struct bsu_transport *transport[BSU_THREAD_TRANSPORTS];
 	unsigned int top;		/* highest index in use plus one */
-	uint64_t next_tick;
+	/* Where there are many transports, most have nothing to say: do not ask them all each time. */
+	_Atomic bool any_awake;		/* one of them may be */
+	bool any_command;		/* one has commands for the ring */
+	uint64_t now;			/* ns, read once a pass; 0: not yet, see bsu_thread_now() */
 	uint64_t next_run;		/* when queues are to be run; 0: not by time */
 	bool quit;
 	unsigned int name;
 
 	int wake_fd;
 	uint64_t wake_count;		/* what the ring reads from wake_fd */
-	bool wake_armed, wake_seen;
+	bool wake_armed;
+	bool tick_armed, tick_due;
 	_Atomic bool asleep;
 
 	pthread_mutex_t lock;		/* messages, started */
@@ -155,6 +160,8 @@ int bsu_thread_call(struct bsu_thread *thread, int (*run)(struct bsu_thread *thr
 /* Repeats bsu_thread_call() while it returns -EBUSY; then -ETIMEDOUT. */
 int bsu_thread_call_until(struct bsu_thread *thread, int (*run)(struct bsu_thread *thread, void *arg), void *arg,
 			  unsigned int timeout_ms);
+/* The thread itself: monotonic ns, the same until it has been in the kernel for its rings. */
+uint64_t bsu_thread_now(struct bsu_thread *thread);
 /* Any thread: wakes it from its sleep. */
 void bsu_thread_wake(struct bsu_thread *thread);
 /* A discard on its own through the thread's origin ring; waits for the end. */
@@ -193,7 +200,7 @@ void bsu_transport_counters(struct bsu_transport *transport, struct bsu_queue_co
 void bsu_transport_submit(void *ctx, struct bsu_io *io);
 void bsu_transport_wake_op(void *ctx);
 void bsu_transport_notify(void *ctx);
-uint64_t bsu_transport_now(void *ctx);
+uint64_t bsu_transport_now(void *ctx);	/* NULL: any thread */
 void bsu_transport_later(void *ctx, uint64_t when);
 
 /* ---- executor.c: a struct bsu_io on the rings ---- */

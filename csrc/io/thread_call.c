@@ -10,6 +10,13 @@
 #define NS_PER_MS 1000000ull
 #define NAP_NS (NS_PER_MS / 2)
 
+uint64_t bsu_thread_now(struct bsu_thread *thread)
+{
+	if (!thread->now)
+		thread->now = bsu_transport_now(NULL);
+	return thread->now;
+}
+
 void bsu_thread_wake(struct bsu_thread *thread)
 {
 	const uint64_t one = 1;
@@ -68,6 +75,8 @@ int bsu_thread_attach(struct bsu_thread *thread, struct bsu_transport *transport
 		return -ENOSPC;
 	transport->index = index;
 	thread->transport[index] = transport;
+	/* It may have been woken before it was there to be found. */
+	atomic_store(&thread->any_awake, true);
 	if (index >= thread->top)
 		thread->top = index + 1;
 	return 0;

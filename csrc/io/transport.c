@@ -53,8 +53,9 @@ bool bsu_transport_idle(const struct bsu_transport *transport)
 
 void bsu_transport_wake(struct bsu_transport *transport)
 {
-	/* Sequentially consistent, as is the thread's look at it before it sleeps. */
 	atomic_store(&transport->awake, true);
+	/* Sequentially consistent, as is the thread's look at it before it sleeps. */
+	atomic_store(&transport->thread->any_awake, true);
 	bsu_thread_wake(transport->thread);
 }
 
@@ -111,9 +112,11 @@ void bsu_transport_later(void *ctx, uint64_t when)
 
 uint64_t bsu_transport_now(void *ctx)
 {
+	struct bsu_transport *transport = ctx;
 	struct timespec ts;
 
-	(void)ctx;
+	if (transport)
+		return bsu_thread_now(transport->thread);
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }

@@ -118,6 +118,7 @@ static int ublk_locate(struct bsu_transport *transport, const struct bsu_request
 
 static void push_commit(struct bsu_ublk *ublk, uint32_t tag, int result)
 {
+	ublk->transport.thread->any_command = true;
 	ublk->tag[tag].result = result;
 	ublk->commit[(ublk->first_commit + ublk->commits++) % ublk->depth] = (uint16_t)tag;
 }
@@ -175,7 +176,7 @@ static bool ublk_flush(struct bsu_transport *transport, struct io_uring *ring)
 		/* A refused fetch is known as soon as it was submitted: look again then. */
 		ublk->asked_all = true;
 		ublk->asked_tail = ring->sq.sqe_tail;
-		atomic_store(&transport->awake, true);
+		bsu_transport_wake(transport);
 	}
 	return true;
 }
@@ -269,7 +270,7 @@ static void ublk_command_done(struct bsu_transport *transport, uint16_t tag, int
 		set_status(ublk, BSU_UBLK_STOPPING);
 	/* Not from here: the transport may go away with it. */
 	if (!ublk->live)
-		atomic_store(&transport->awake, true);
+		bsu_transport_wake(transport);
 }
 
 static void ublk_run(struct bsu_transport *transport)
@@ -279,10 +280,12 @@ static void ublk_run(struct bsu_transport *transport)
 	if (transport->port.py)
 		bsu_py_run(transport);
 	if (ublk->status == ARMING && ublk->asked_all) {
-		if ((int)(*transport->thread->origin.uring.sq.khead - ublk->asked_tail) >= 0)
+		if ((int)(*transport->thread->origin.uring.sq.khead - ublk->asked_tail) >= 0) {
 			set_status(ublk, ublk->error ? FAILED : BSU_UBLK_ARMED);
-		else
+		} else {
 			ublk->asked_all = false;
+			transport->thread->any_command = true;
+		}
 	}
 	settle(ublk);
 }
@@ -362,7 +365,7 @@ static int ublk_armed(struct bsu_thread *thread, void *arg)
 	if (ublk->status == FAILED) {
 		arming->error = ublk->error;
 		ublk->transport.orphan = true;
-		atomic_store(&ublk->transport.awake, true);
+		bsu_transport_wake(&ublk->transport);
 	}
 	return 0;
 }
