@@ -38,11 +38,20 @@ def pid_of(daemon: OwnDaemon, role: str) -> int | None:
 
 
 def kill(daemon: OwnDaemon, *roles: str) -> None:
-    """kill -9 of all of them at once, but those that nobody is at the moment; does not wait for anything."""
-    for pid in [pid_of(daemon, role) for role in roles]:
-        if pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """kill -9 of all of them at once, but those that nobody is at the moment; returns when these have ended."""
+    record = daemon.processes()
+    victims = [member for role in roles if (member := record.living(role)) is not None]
+    for member in victims:
+        with suppress(ProcessLookupError):
+            os.kill(member.pid, signal.SIGKILL)
+    wait_until("who was killed has ended", lambda: not any(member.alive for member in victims))
+
+
+def start_where_nobody_lives(daemon: OwnDaemon) -> None:
+    """As whoever uses the command line does."""
+    record = daemon.processes()
+    if record.living("keeper") is None and record.living("control") is None:
+        daemon.cli("list")
 
 
 def kill_and_wait(daemon: OwnDaemon, *roles: str) -> None:
@@ -57,7 +66,9 @@ def kill_and_wait(daemon: OwnDaemon, *roles: str) -> None:
 
 
 def answers(daemon: OwnDaemon) -> bool:
-    """Whether it can be asked, and all its devices are served."""
+    """Whether it can be asked and ended, and all its devices are served."""
+    if daemon.processes().living("keeper") is None:
+        return False  # control starts another one
     try:
         with daemon.client() as client:
             return all(device.state is DeviceState.LIVE for device in client.list_devices())

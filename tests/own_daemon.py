@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blksnap_ublk.client import Client, connect
-from blksnap_ublk.keeper.processes import read_processes
+from blksnap_ublk.keeper.processes import Record, read_processes
 from tests.loop_devices import loop_device
 
 PATIENCE = 120.0
@@ -49,7 +49,11 @@ class OwnDaemon:
 
     def pid(self, role: str) -> int:
         """The process that is the keeper, io, control, io-spare or control-spare now; KeyError if there is none."""
-        return read_processes(self.runtime / "state" / "processes").processes[role].pid
+        return self.processes().processes[role].pid
+
+    def processes(self) -> Record:
+        """Who they are now, as far as the keeper has written it down."""
+        return read_processes(self.runtime / "state" / "processes")
 
     def start(self, program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> None:
         """Returns when it serves. `program`: what Python is to run."""

@@ -19,7 +19,7 @@ from blksnap_ublk.errors import BlksnapError
 from demo import blocks
 from tests.a_then_b import CountingWriters, expect_one_instant, numbers
 from tests.fio_load import fio_load
-from tests.killing import EVERYBODY, answers, kill, mortal_daemon, pid_of
+from tests.killing import EVERYBODY, answers, kill, mortal_daemon, start_where_nobody_lives
 from tests.loop_devices import loop_device
 from tests.own_daemon import OwnDaemon, wait_until
 from tests.seeds import dice
@@ -144,20 +144,6 @@ def held(client: Client, devices: list[str], folder: Path) -> Iterator[forms.Sna
     yield client.create_snapshot([devices[0]], storage=[named_storage(folder, "own", 2 * SIZE)])
     yield client.create_snapshot(devices, storage=[f"@{first.id}"])
     yield client.create_snapshot([devices[1]], storage=[f"@{first.id}"])
-
-
-def start_where_nobody_lives(daemon: OwnDaemon) -> None:
-    """As whoever uses the command line does."""
-    if all(pid_of(daemon, role) is None or not is_alive(daemon, role) for role in ("keeper", "control")):
-        daemon.cli("list")
-
-
-def is_alive(daemon: OwnDaemon, role: str) -> bool:
-    pid = pid_of(daemon, role)
-    try:
-        return pid is not None and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_deaths_at_any_moment(folder: Path) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -55,6 +56,7 @@ from blksnap_ublk.varlink.introspection import Info
 from blksnap_ublk.varlink.server import Server
 from blksnap_ublk.version import installed_version
 
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger(__name__)
 
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # When it makes memory free, the kernel must not wait for a device that waits for this process.
     protect_process(lock_memory=False)
     lock_present_memory()
+    asked_to_end = _hear_of_the_end()
     keeper_watch = KeeperWatch(start)
     keeper_watch.start()
     start.wait_for_turn()
@@ -83,14 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             events = EventLog(start.paths.state / "events")
             context = _context(start.paths, own, events, stack)
             reconcile(context)
-        except BlksnapError as error:
-            start.failed(error.message, error.exit_code)
-            return error.exit_code
-        except OSError as error:
-            failure = from_os_error(error)
+        except (BlksnapError, OSError) as error:
+            failure = error if isinstance(error, BlksnapError) else from_os_error(error)
             start.failed(failure.message, failure.exit_code)
+            keeper_watch.outlast()
             return failure.exit_code
-        leaving = asyncio.run(_serve(start, context, events))
+        leaving = asyncio.run(_serve(start, context, events, asked_to_end))
         keeper_watch.stop()
         if leaving:
             leave(context)
@@ -102,12 +103,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
 
 
+def _hear_of_the_end() -> threading.Event:
+    """Set by SIGTERM: one that comes before this process serves is heeded when it does, the end being orderly then."""
+    asked = threading.Event()
+    for number in _END_SIGNALS:
+        signal.signal(number, lambda *_: asked.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _END_SIGNALS)
+    return asked
+
+
+def _keeper(path: Path) -> KeeperClient:
+    """Of the keeper that lives; where that has just died another one is waited for, however long that takes.
+
+    It is this process that starts it; and none would start this process again.
+    """
+    while True:
+        try:
+            return KeeperClient(path)
+        except OSError as error:
+            _log.error("waiting for a keeper: %s", error)
+
+
 def _context(paths: RuntimePaths, own: argparse.Namespace, events: EventLog, stack: ExitStack) -> Context:
     try:
         control = stack.enter_context(Control())
     except OSError as error:
         raise Unsupported(error.strerror or str(error), subject=error.filename) from None
-    keeper = stack.enter_context(KeeperClient(paths.keeper_socket))
+    keeper = stack.enter_context(_keeper(paths.keeper_socket))
     io = IoLink(paths.io_socket)
     stack.callback(io.close)
     return Context(
@@ -123,13 +145,15 @@ def _context(paths: RuntimePaths, own: argparse.Namespace, events: EventLog, sta
     )
 
 
-async def _serve(start: ChildStart, context: Context, events: EventLog) -> bool:
+async def _serve(start: ChildStart, context: Context, events: EventLog, asked_to_end: threading.Event) -> bool:
     """Answers calls until SIGTERM, or LEAVE: then it is True. Operations that have begun run to their end."""
     ending = asyncio.Event()
     leaving = False
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _END_SIGNALS:
         loop.add_signal_handler(number, ending.set)
+    if asked_to_end.is_set():
+        ending.set()
 
     def begin_to_leave() -> None:
         nonlocal leaving

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_system()
         paths = RuntimePaths.from_environment()
         try:
-            paths.create()
+            if not options.successor:
+                paths.create()
         except OSError as error:
             raise CannotStart(EXIT_FAILED, f"{error.filename}: {error.strerror}") from error
     except CannotStart as error:
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A keeper that the service manager has started logs where that has told it to.
         log_to_file=not options.foreground and "NOTIFY_SOCKET" not in os.environ,
         successor=_successor(options),
+        succeeds=options.successor,
         lifeboat_after=options.lifeboat_after,
         takeover=options.takeover,
     )

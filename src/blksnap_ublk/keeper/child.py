@@ -13,7 +13,7 @@ The keeper adds these arguments to a child's command; all descriptors are inheri
 
 Of each role there are two processes: the active one, and a spare that has done all that can be done ahead and waits for
 its turn (SIGUSR1, or SIGUSR2 for an io process that is to be a lifeboat). Both signals are blocked from the child's
-beginning, so neither comes too early.
+beginning, and so are SIGTERM and SIGINT until it unblocks them: none comes too early.
 """
 
 import argparse
@@ -97,7 +97,7 @@ class ChildStart:
         """Return when this process is to serve; nothing may be left to import, to read or to allocate then.
 
         Both signals of the turn stay blocked: whoever wants them later has to unblock them. Ends the process when
-        nobody will ever tell it: its keeper died between its start and the record of it.
+        nobody will ever tell it: its keeper died between its start and the record of it, or nothing is left to serve.
         """
         if self.ring_lock is not None:
             ring_locks.sign(self.ring_lock)
@@ -109,7 +109,7 @@ class ChildStart:
             # Twice: a look while the record is written may find none.
             forgotten = forgotten + 1 if self._is_forgotten() else 0
             if forgotten == 2:
-                log.error("the keeper died before it had a record of this process, which ends as well")
+                log.error("process %d ends: its keeper has died, and no other one knows of it", os.getpid())
                 sys.exit(1)
         self.lifeboat = told.si_signo == TURN_AS_LIFEBOAT
 
@@ -130,13 +130,17 @@ class ChildStart:
         self._close()
 
     def _is_forgotten(self) -> bool:
-        """Whether the keeper that started it is gone, and no record is there by which another one would find it."""
-        reader = select.poll()
-        reader.register(self._ready, 0)
-        if not reader.poll(0):
+        """Whether the keeper that started it is gone, and another one is there, or nobody, that does not know it."""
+        if self._ready >= 0:
+            reader = select.poll()
+            reader.register(self._ready, 0)
+            if not reader.poll(0):
+                return False
+        this, record = Identity.of(), read_processes(self.paths.processes)
+        if any((each.pid, each.started) == (this.pid, this.started) for each in record.processes.values()):
             return False
-        this, recorded = Identity.of(), read_processes(self.paths.processes).processes
-        return all((each.pid, each.started) != (this.pid, this.started) for each in recorded.values())
+        # While one is yet to come, this process may be who starts it.
+        return not record.processes or record.living("keeper") is not None
 
     def _tell(self, line: str) -> None:
         if self._ready >= 0:

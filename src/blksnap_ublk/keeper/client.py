@@ -6,7 +6,6 @@ import os
 import select
 import threading
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import cast
 
@@ -43,11 +42,11 @@ class KeeperClient:
     """
 
     def __init__(self, path: str | os.PathLike[str], patience: float = PATIENCE) -> None:
-        """Connect to `keeper.sock`. `patience`: seconds for another keeper to come. Raises OSError."""
+        """Connect to `keeper.sock`. `patience`: seconds for a keeper, now or another one later. Raises OSError."""
         self._path = path
         self._patience = patience
         self._lock = threading.Lock()
-        self._client = self._connected()
+        self._client = self._awaited(patience)
         self._known = self._client
         """The connection to the keeper that holds what was put."""
 
@@ -142,16 +141,23 @@ class KeeperClient:
         with self._lock:
             if self._client is not former and self._client.connected:
                 return
-            end = time.monotonic() + seconds
-            while True:
-                with suppress(OSError):
-                    client = self._connected()
-                    former.close()
-                    self._client = client
-                    return
+            try:
+                client = self._awaited(seconds)
+            except OSError:
+                text = "the keeper process has gone"
+                raise ConnectionResetError(errno.ECONNRESET, text, os.fspath(self._path)) from None
+            former.close()
+            self._client = client
+
+    def _awaited(self, seconds: float) -> Client[Answer]:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self._connected()
+            except OSError:
                 if time.monotonic() > end:
-                    raise ConnectionResetError(errno.ECONNRESET, "the keeper process has gone", os.fspath(self._path))
-                time.sleep(_AGAIN)
+                    raise
+            time.sleep(_AGAIN)
 
     def _connected(self) -> Client[Answer]:
         return Client(self._path, cast("type[Answer]", Answer), MESSAGE_LIMIT)

@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,8 +22,8 @@ from blksnap_ublk.keeper.adoption import ROLES, adopted, former_children, held_b
 from blksnap_ublk.keeper.child import EXIT_DEVICES_LEFT, EXIT_NOTHING_LEFT, READY
 from blksnap_ublk.keeper.fd_store import FdStore
 from blksnap_ublk.keeper.holdings import Holdings
-from blksnap_ublk.keeper.identity import Identity
 from blksnap_ublk.keeper.layout import OtherLayout, write_layout
+from blksnap_ublk.keeper.living import Living
 from blksnap_ublk.keeper.log_writer import LogWriter
 from blksnap_ublk.keeper.messages import (
     MESSAGE_LIMIT,
@@ -40,7 +40,7 @@ from blksnap_ublk.keeper.messages import (
     Stop,
 )
 from blksnap_ublk.keeper.process import Process, Start
-from blksnap_ublk.keeper.processes import Member, ProcessesFile, Record
+from blksnap_ublk.keeper.processes import read_processes
 from blksnap_ublk.keeper.ring_locks import RingLocks
 from blksnap_ublk.keeper.role import Role, RoleEvents
 from blksnap_ublk.keeper.runtime import AlreadyRunning, RuntimeLock, RuntimePaths
@@ -59,9 +59,6 @@ EXIT_BUSY = 4
 
 IO_END = 5.0
 CONTROL_END = 60.0
-DEATHS_WITHIN = 60.0
-"""Seconds within which so many deaths of io, as the configuration says, call for a lifeboat."""
-
 CONTROL_SILENCE = 60.0
 """Seconds without a sign of life after which control is killed, for its spare to take over."""
 BEAT = 1.0
@@ -74,8 +71,9 @@ _HELD_AGAIN = 1.0
 class KeeperConfig:
     """How to run the keeper. `state_size`: bytes of the tmpfs, None for the default. `mount_state` False uses a plain
     directory, in the mount namespace as it is. `log_to_file`: the log goes to the runtime directory's log file, not to
-    stderr. `successor`: the command that starts another keeper when this one dies. `lifeboat_after`: after so many
-    deaths of io within a minute the next one is a lifeboat; 0: never. `takeover`: replace the daemon that runs."""
+    stderr. `successor`: the command that starts another keeper when this one dies; `succeeds`: this is such a one.
+    `lifeboat_after`: after so many deaths of io within a minute the next one is a lifeboat; 0: never. `takeover`:
+    replace the daemon that runs."""
 
     paths: RuntimePaths
     io_command: Sequence[str]
@@ -84,8 +82,13 @@ class KeeperConfig:
     mount_state: bool = True
     log_to_file: bool = False
     successor: Sequence[str] = ()
+    succeeds: bool = False
     lifeboat_after: int = 3
     takeover: bool = False
+
+
+class NothingToAdopt(Exception):
+    """The daemon has ended in good order, and nobody is to be succeeded."""
 
 
 class Keeper:
@@ -107,11 +110,9 @@ class Keeper:
         self._log: LogWriter | None = None
         self._mount: StateMount | None = None
         self._takeover: Takeover | None = None
-        self._record = Record(managed=self._manager.present)
         self._roles: dict[str, Role] = {}
         self._stopping = False
         self._leaving = False
-        self._adopting = False
         self._owner = False
         self._served = False
         self._start_failed = 0
@@ -130,7 +131,7 @@ class Keeper:
                 self._loop.run()
         except AlreadyRunning as error:
             self._say(EXIT_BUSY, str(error))
-        except (NothingToReplace, OtherLayout) as error:
+        except (NothingToAdopt, NothingToReplace, OtherLayout) as error:
             self._say(EXIT_FAILED, str(error))
         except OSError as error:
             log.exception("the daemon cannot be started")
@@ -146,6 +147,7 @@ class Keeper:
             self._loop.on_signal(number, self._on_stop_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         paths = self._paths
+        self._expect_something_to_adopt()
         paths.create()
         if self._config.takeover:
             self._takeover = stack.enter_context(Takeover(self._loop, paths, self._manager.present))
@@ -153,6 +155,11 @@ class Keeper:
         else:
             self._lock = RuntimeLock(paths)
         stack.callback(self._release_lock)
+        try:
+            self._expect_something_to_adopt()
+        except NothingToAdopt:
+            paths.lock.unlink(missing_ok=True)  # taking it has made it again
+            raise
         self._log = LogWriter(self._loop, paths.log if self._config.log_to_file else None)
         stack.callback(self._end_log, self._log)
         stack.callback(self._holdings.close)
@@ -160,11 +167,12 @@ class Keeper:
             self._mount = StateMount(paths.state, self._config.state_size)
         else:
             paths.state.mkdir(mode=0o700, exist_ok=True)
+        self._living = Living(paths.processes, self._roles, self._config.lifeboat_after, managed=self._manager.present)
+        stack.callback(self._living.close)
         stack.callback(self._leave_state)
+        memory.become_io_flusher()
         memory.protect_from_oom()
         memory.raise_limits()
-        self._processes = ProcessesFile(paths.processes)
-        stack.callback(self._processes.close)
         if self._takeover is None:
             self._begin(stack)
         else:
@@ -173,12 +181,14 @@ class Keeper:
         self._loop.later(BEAT, self._beat)
         memory.lock_memory()
 
+    def _expect_something_to_adopt(self) -> None:
+        """One that succeeds another does not begin anew what has ended in good order while it started."""
+        if self._config.succeeds and not read_processes(self._paths.processes).processes:
+            raise NothingToAdopt("the daemon has ended in good order meanwhile")
+
     def _begin(self, stack: ExitStack) -> None:
         """Start everything, but for what a keeper that died has left alive."""
-        former = self._processes.read()
-        members = former_children(former)
-        processes = adopted(self._loop, members)
-        self._record.io_deaths = former.io_deaths
+        processes = adopted(self._loop, former_children(self._living.former()))
         self._holdings.restore()
         self._own(stack)
         for role in ROLES:
@@ -186,12 +196,13 @@ class Keeper:
         if processes:
             self._adopt(processes)
         else:
-            self._write_record()
+            self._living.write()
             self._loop.later(0, self._roles["io"].start)
 
     def _own(self, stack: ExitStack) -> None:
         """Become the one that is reached at `keeper.sock`."""
         self._owner = True
+        self._living.own()
         paths = self._paths
         write_layout(paths.layout)
         listener, message = listen(paths.keeper_socket), cast("type[Message]", Message)
@@ -215,16 +226,16 @@ class Keeper:
             if self._mount is not None and self._mount.host >= 0:
                 descriptors["--host"] = self._mount.host
         events = RoleEvents(
-            changed=self._write_record,
+            changed=self._living.write,
             ready=self._on_io_ready if is_io else self._on_control_ready,
             failed=self._on_failed,
             ended=lambda status: self._on_ended(name, status),
-            died=self._on_io_death if is_io else _nothing,
+            died=self._living.io_died if is_io else _nothing,
         )
         start = Start(command, descriptors, RingLocks(self._paths.state).create if is_io else None)
         role = Role(self._loop, name, start, events)
         if is_io:
-            role.lifeboat = self._is_lifeboat_due
+            role.lifeboat = self._living.is_lifeboat_due
         self._roles[name] = role
 
     def _adopt(self, processes: dict[str, Process]) -> None:
@@ -237,9 +248,9 @@ class Keeper:
         if "io" in processes:
             self._ask_io()
         else:
-            self._on_io_death()
+            self._living.io_died()
         control = processes.get("control")
-        with self._one_record():
+        with self._living.at_once():
             self._roles["control"].adopt(control, processes.get(spare_of("control")))
             self._roles["io"].adopt(processes.get("io"), processes.get(spare_of("io")))
         if "io" not in processes:
@@ -284,37 +295,6 @@ class Keeper:
             self._tell(code, text)
 
     # ---- life ----
-
-    @contextmanager
-    def _one_record(self) -> Iterator[None]:
-        """Several roles adopt: another keeper, if this one dies, finds all of what lives or what was there before."""
-        self._adopting = True
-        try:
-            yield
-        finally:
-            self._adopting = False
-            self._write_record()
-
-    def _write_record(self) -> None:
-        if not self._owner or self._leaving or self._adopting:
-            return
-        this = Identity.of()
-        self._record.processes = {"keeper": Member(this.pid, this.started)}
-        for name, role in self._roles.items():
-            if role.active is not None:
-                self._record.processes[name] = role.active
-            if role.spare is not None:
-                self._record.processes[spare_of(name)] = role.spare
-        self._processes.write(self._record)
-
-    def _on_io_death(self) -> None:
-        now = time.monotonic()
-        self._record.io_deaths = [each for each in self._record.io_deaths if 0 <= now - each < DEATHS_WITHIN] + [now]
-
-    def _is_lifeboat_due(self) -> bool:
-        now = time.monotonic()
-        recent = [each for each in self._record.io_deaths if 0 <= now - each < DEATHS_WITHIN]
-        return 0 < self._config.lifeboat_after <= len(recent)
 
     def _beat(self) -> None:
         """What is due from time to time: signs of life for the service manager, those of control."""
@@ -371,7 +351,8 @@ class Keeper:
         log.info("process %d takes over", pid)
         for role in self._roles.values():
             role.kill_spare()
-        self._write_record()
+        self._living.write()
+        self._living.disown()
         self._leaving = True
         for role in self._roles.values():
             role.forget()
@@ -402,8 +383,7 @@ class Keeper:
         except (OSError, OtherLayout) as error:
             self._on_failed(EXIT_FAILED, f"the daemon that runs could not be replaced: {error}")
             return
-        former = self._processes.read()
-        self._record.io_deaths = former.io_deaths
+        former = self._living.former()
         for name, descriptor in held.items():
             self._holdings.put(name, descriptor)
         self._own(stack)
@@ -413,7 +393,7 @@ class Keeper:
         processes = adopted(self._loop, actives)
         self._served = True
         assert self._log is not None
-        with self._one_record():
+        with self._living.at_once():
             for name in ROLES:
                 self._roles[name].adopt(processes.get(name), None)
         takeover.switch(self._roles["io"], self._roles["control"])
@@ -466,8 +446,7 @@ class Keeper:
         never_used = not self._served and not (self._mount and self._mount.found)
         if self._control_status != EXIT_NOTHING_LEFT and not never_used:
             log.warning("devices may be left for recovery: their state stays in %s", self._paths.state)
-            self._record = Record()
-            self._processes.write(self._record)
+            self._living.clear()
             if self._mount:
                 self._mount.close()
             return
@@ -475,8 +454,7 @@ class Keeper:
             self._holdings.forget()
             self._holdings.close()
             RingLocks(self._paths.state).remove_free()
-            self._processes.remove()
-            self._processes.close()
+            self._living.remove()
             self._paths.layout.unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 self._paths.roles.rmdir()

@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 DESCRIPTORS = 1 << 20
 
 _MADV_POPULATE_READ = 22
+_PR_SET_IO_FLUSHER = 57
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +43,12 @@ def _lock(flags: int) -> bool:
         log.warning("memory cannot be locked (%s): under memory pressure devices may hang", _error_text())
         return False
     return True
+
+
+def become_io_flusher() -> None:
+    """Let this process and those that it starts not wait for devices of ours when the kernel frees memory, or warn."""
+    if _libc.prctl(_PR_SET_IO_FLUSHER, *map(ctypes.c_ulong, (1, 0, 0, 0))) != 0:
+        log.warning("PR_SET_IO_FLUSHER: %s: under memory pressure devices may hang", _error_text())
 
 
 def protect_from_oom() -> None:

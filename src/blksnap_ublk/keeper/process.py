@@ -26,11 +26,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def forget_own_signals(action: signal.Handlers) -> None:
-    """In a forked process: what ends the keeper is not for it to hear; `action` instead. They may be blocked before."""
+    """In a forked process: what ends the keeper is not for it to hear; `action` instead. A mask of them stays."""
     signal.set_wakeup_fd(-1)
     for number in OWN_SIGNALS:
         signal.signal(number, action)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_SIGNALS)
 
 
 def exit_text(status: int | None) -> str:
@@ -91,7 +90,7 @@ class Process:
             inherited["--ring-lock"] = ring_lock
         arguments = [text for name, number in inherited.items() for text in (name, str(number))]
         try:
-            # Blocked from its first moment, so that its turn may be told at once.
+            # Blocked from its first moment: its turn, and its end, may be told at once.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (TURN, TURN_AS_LIFEBOAT, *OWN_SIGNALS))
             try:
                 pid = os.fork()

@@ -22,6 +22,7 @@ SPARE_PATIENCE = 2.0
 
 _START_LIMIT = 120.0
 _AGAIN = 1.0
+_LOOK = 0.05
 
 
 class KeeperWatch:
@@ -50,10 +51,15 @@ class KeeperWatch:
                 continue
             # Another keeper becomes known as soon as it has adopted this process.
             end = time.monotonic() + self.patience
-            while self._keeper() is None and time.monotonic() < end and not self._ending.wait(0.05):
+            while self._keeper() is None and time.monotonic() < end and not self._ending.wait(_LOOK):
                 pass
             if self._keeper() is None and not self._ending.is_set():
                 self._start_another()
+
+    def outlast(self) -> None:
+        """For one that cannot serve: returns when a keeper lives, which will start another one in its place."""
+        while self._start.successor and self._keeper() is None:
+            time.sleep(_LOOK)
 
     def _keeper(self) -> Member | None:
         return read_processes(self._start.paths.processes).living("keeper")

@@ -7,6 +7,7 @@ refuse CODE TEXT    says why it cannot
 die                 exits at once, without a word
 deaf                serves, and does not end at SIGTERM
 talk                serves, and logs without end
+slow                as serve, but it takes a second until it stands by
 All stand by until it is their turn; their answer is their pid, with a "!" if they are a lifeboat.
 """
 
@@ -24,6 +25,8 @@ from blksnap_ublk.keeper.client import KeeperClient
 from blksnap_ublk.keeper.log import start_log
 from blksnap_ublk.keeper.successor import KeeperWatch
 
+SLOW = 1.0
+
 
 def main() -> int:
     split = sys.argv.index("--runtime")
@@ -35,19 +38,21 @@ def main() -> int:
         return 1
     if mode == "die":
         return 3
+    if mode == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif mode in ("serve", "slow"):
+        signal.signal(signal.SIGTERM, lambda *_: end(start, int(details[0]) if details else 0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     if "--successor" in sys.argv:
         watch = KeeperWatch(start)
         watch.start()
+    if mode == "slow":
+        time.sleep(SLOW)
     start.wait_for_turn()
     if "--successor" in sys.argv:
         watch.patience = 0.0
-    match mode:
-        case "deaf":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        case "talk":
-            threading.Thread(target=talk, daemon=True).start()
-        case "serve":
-            signal.signal(signal.SIGTERM, lambda *_: end(start, int(details[0]) if details else 0))
+    if mode == "talk":
+        threading.Thread(target=talk, daemon=True).start()
     if start.ring_lock is None:
         signal.signal(LEAVE, lambda *_: end(start, EXIT_HANDED_OVER))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [LEAVE])

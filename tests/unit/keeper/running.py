@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from blksnap_ublk.keeper.processes import read_processes
@@ -101,3 +103,41 @@ def wait_until_gone(pid: int) -> None:
     while alive(pid):
         assert time.monotonic() < end, f"process {pid} lives on"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def run(paths: RuntimePaths, *modes: str) -> Iterator[Running]:
+    """A keeper that has started; at the end all that it or those after it have left is killed."""
+    running = Running(paths, *modes)
+    try:
+        assert running.told == "0 ready", running.process.communicate()[1] if running.process.poll() else running.told
+        yield running
+    finally:
+        end_all(paths)
+        running.process.communicate(timeout=PATIENCE)
+
+
+def end_all(paths: RuntimePaths) -> None:
+    """SIGKILL for all of a daemon, with nobody there meanwhile to start one again."""
+    while True:
+        record = read_processes(paths.processes)
+        living = {role: member.pid for role in record.processes if (member := record.living(role))}
+        if not living:
+            return
+        if "keeper" in living:
+            os.kill(living["keeper"], signal.SIGSTOP)
+        for pid in sorted(living.values(), key=lambda pid: pid == living.get("keeper")):
+            os.kill(pid, signal.SIGKILL)
+        for pid in living.values():
+            wait_until_gone(pid)
+
+
+def children(paths: RuntimePaths) -> set[int]:
+    """All processes that any keeper has started as io or control."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            if bytes(paths.root) in arguments and any(each.endswith(b"fake_child.py") for each in arguments):
+                found.add(int(folder.name))
+    return found

@@ -5,49 +5,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from blksnap_ublk.keeper.client import KeeperClient
 from blksnap_ublk.keeper.layout import LAYOUT
-from blksnap_ublk.keeper.processes import read_processes
 from blksnap_ublk.keeper.runtime import RuntimePaths
-from tests.unit.keeper.running import PATIENCE, Running, alive, wait_until_gone
+from tests.unit.keeper.running import PATIENCE, Running, alive, end_all, run, wait_until_gone
 
 
 @pytest.fixture
 def paths(tmp_path: Path) -> RuntimePaths:
     return RuntimePaths(tmp_path / "run")
-
-
-@contextmanager
-def run(paths: RuntimePaths, *modes: str) -> Iterator[Running]:
-    """A keeper that has started; at the end all that it or those after it have left is killed."""
-    running = Running(paths, *modes)
-    try:
-        assert running.told == "0 ready", running.process.communicate()[1] if running.process.poll() else running.told
-        yield running
-    finally:
-        end_all(paths)
-        running.process.communicate(timeout=PATIENCE)
-
-
-def end_all(paths: RuntimePaths) -> None:
-    """SIGKILL for all of a daemon, with nobody there meanwhile to start one again."""
-    while True:
-        record = read_processes(paths.processes)
-        living = {role: member.pid for role in record.processes if (member := record.living(role))}
-        if not living:
-            return
-        if "keeper" in living:
-            os.kill(living["keeper"], signal.SIGSTOP)
-        for pid in sorted(living.values(), key=lambda pid: pid == living.get("keeper")):
-            os.kill(pid, signal.SIGKILL)
-        for pid in living.values():
-            wait_until_gone(pid)
 
 
 @pytest.mark.parametrize("name", ["io", "control"])
