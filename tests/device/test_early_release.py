@@ -25,7 +25,7 @@ UNIT = 4096
 WRITES = 20
 
 missing = missing_for_targets("linear")
-pytestmark = [pytest.mark.skipif(missing is not None, reason=str(missing)), pytest.mark.quick]
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,7 @@ def silent(daemon: OwnDaemon, folder: Path) -> Iterator[Silent]:
                 client.detach(device, force=True)
 
 
+@pytest.mark.quick
 def test_neither_writers_nor_readers_wait_for_the_storage(daemon: OwnDaemon, folder: Path) -> None:
     with silent(daemon, folder) as story:
         story.overwrite()
@@ -98,7 +99,9 @@ def test_neither_writers_nor_readers_wait_for_the_storage(daemon: OwnDaemon, fol
         story.expect_whole()
 
 
-@pytest.mark.parametrize("victims", [("io",), ("io", "io"), ("io", "control")], ids="-".join)
+@pytest.mark.parametrize(
+    "victims", [pytest.param(("io",), marks=pytest.mark.quick), ("io", "io"), ("io", "control")], ids="-".join
+)
 def test_what_is_not_stored_outlives_the_process(daemon: OwnDaemon, folder: Path, victims: tuple[str, ...]) -> None:
     """io is killed while the storage has nothing; the storage answers when another one serves the device."""
     with silent(daemon, folder) as story:
