@@ -214,7 +214,7 @@ def test_recovery_waits_for_reads_of_images(daemon: OwnDaemon, client: Client, f
             beneath.resume()
         wait_until("the device is recovered", lambda: not is_recovering(client, device))
         wait_until("the reader is served again", reader.all_ended)
-        assert reader.ended == [0]
+        assert reader.ended == [0], daemon.log()
         assert read_at(device.path, 0, LENGTH) == OLD
 
 

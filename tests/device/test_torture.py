@@ -170,8 +170,12 @@ def test_deaths_at_any_moment(folder: Path) -> None:
             print(f"death {number}: {', '.join(victims)}", flush=True)
             kill(daemon, *victims)
             start_where_nobody_lives(daemon)
-            for check in checks:
-                check()
+            try:
+                for check in checks:
+                    check()
+            except BaseException:
+                print(daemon.log(), flush=True)
+                raise
         wait_until("the daemon answers", lambda: answers(daemon))
         for load in loads:
             load.wait_for_round()

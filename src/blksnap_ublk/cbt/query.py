@@ -104,7 +104,8 @@ def last_numbers(layers: Sequence[Layer], unchanged: int, geometry: Geometry) ->
 def _positions(words: Words, first_block: NDArray[np.int64]) -> NDArray[np.int64]:
     """The blocks of all set bits, given the block of the first bit of each word."""
     where = np.flatnonzero(words)
-    bits = np.unpackbits(words[where].astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    word, bit = np.nonzero(bits)
-    positions: NDArray[np.int64] = first_block[where[word]] + bit
+    bits = np.unpackbits(words[where].astype("<u8").view(np.uint8), bitorder="little")
+    # Of truth values in one row: several times as fast as of numbers in two dimensions.
+    at = np.flatnonzero(bits.view(np.bool_))
+    positions: NDArray[np.int64] = first_block[where[at >> 6]] + (at & 63)
     return positions

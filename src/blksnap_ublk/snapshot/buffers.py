@@ -16,6 +16,7 @@ import msgspec
 from blksnap_ublk.engine import BUFFERS_BYTES
 from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.ioproc import messages
+from blksnap_ublk.ioproc.client import IoRefused
 from blksnap_ublk.snapshot.context import Context
 
 _PREFIX = "buffers-"
@@ -37,6 +38,9 @@ def serve(context: Context, message: messages.ServeDevice) -> None:
             return
         try:
             context.io.call(msgspec.structs.replace(message, buffers=name), [descriptor])
+        except IoRefused:
+            context.state.remove(name)
+            raise
         finally:
             os.close(descriptor)
     finally:
