@@ -2,9 +2,10 @@
 PYTHON := .venv/bin/python
 ENGINE := src/blksnap_ublk/engine/_engine.abi3.so
 ENGINE_SOURCES := $(wildcard csrc/Makefile csrc/*.h csrc/*/*.[ch]) setup.py src/blksnap_ublk/engine/build.py
+DRIVER_FLAGS := -std=gnu11 -O2 -g -Wall -Wextra -Werror -D_GNU_SOURCE -fvisibility=hidden -pthread
 SHELL := /bin/bash
 
-.PHONY: help setup build demo test soak soak-device mutants coverage lint bench clean
+.PHONY: help setup build demo test soak soak-device mutants coverage lint bench bench-full bench-check bench-native clean
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
@@ -44,8 +45,26 @@ coverage: build ## branches of csrc/core that the tests without a kernel take
 lint: build ## ruff, mypy, and the C sources without a warning
 	@scripts/lint
 
-bench: setup build ## speeds, as ratios of runs side by side
-	@scripts/with-ublk -m 4G -t 3600 -- $(PYTHON) bench/run.py
+bench: build ## speeds, as ratios of runs side by side, in some minutes: tables and plots in bench/results
+	@scripts/setup bench
+	@$(PYTHON) bench/main.py
+
+bench-full: build ## the same with all cells, long enough for figures to be quoted: for hours
+	@scripts/setup bench
+	@$(PYTHON) bench/main.py --full
+
+build/bench/driver build/bench/local_load.so &: $(ENGINE) $(wildcard bench/driver/*.[ch])
+	@mkdir -p build/bench
+	@$(CC) $(DRIVER_FLAGS) -Icsrc -Wl,--wrap=io_uring_submit_and_wait_timeout,--wrap=io_uring_submit_and_wait bench/driver/*.c build/plain/csrc/libengine.a $$(pkg-config --cflags --libs liburing) -o build/bench/driver
+	@$(CC) $(DRIVER_FLAGS) -fPIC -shared bench/driver/local_load.c -o build/bench/local_load.so
+
+bench-check: build build/bench/driver ## instructions and system calls of each path, compared with bench/instructions.json
+	@$(PYTHON) bench/instructions.py
+
+bench-native: build build/bench/driver ## the engine without ublk, side by side with fio; Python targets; change queries
+	@$(PYTHON) bench/native.py
+	@$(PYTHON) bench/python_targets.py
+	@$(PYTHON) bench/cbt_query.py
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build $(ENGINE) src/*.egg-info

@@ -3,45 +3,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from bench.contenders.filtered import emptied
+from bench.document import Cost
 from bench.measure import Job, measure
+from bench.progress import say
 from blksnap_ublk.client import Client
 from tests.null_block import null_block
-from tests.own_daemon import own_daemon
 
 SECTOR = 512
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Bytes, for `writes` random writes of 4 KiB that overwrite a block for the first time each."""
-
-    writes: int
-    origin_read: int
-    origin_written: int
-    storage_read: int
-    storage_written: int
-    used: int
-    """Of the storage, as `snapshot show` tells."""
-
-
-def cost_of_first_overwrites(size: int) -> Cost:
-    """Overwrites 4 KiB blocks of a disk of `size` bytes at random for a while."""
+def cost_of_first_overwrites(job: Job, client: Client) -> Cost:
+    """Overwrites 4 KiB blocks of a disk at random for a while; `client` is of a daemon that serves nothing."""
+    say("bytes of first overwrites")
     with (
-        null_block(size) as origin,
-        null_block(size) as storage,
-        own_daemon() as daemon,
-        daemon.client() as client,
+        null_block(job.size) as origin,
+        null_block(job.size) as storage,
+        emptied(client),
     ):
-        return _cost(client, client.attach(origin, queues=1).device, origin, storage, size)
+        return _cost(client, client.attach(origin, queues=1).device, origin, storage, job)
 
 
-def _cost(client: Client, device: str, origin: str, storage: str, size: int) -> Cost:
+def _cost(client: Client, device: str, origin: str, storage: str, job: Job) -> Cost:
     snapshot = client.create_snapshot([device], storage=[storage])
     before = _traffic(device), _traffic(origin), _traffic(storage)
-    measure("first-randwrite-4k-qd32", device, Job("libaio", 2.0, size))
+    measure("first-randwrite-4k-qd32", device, job)
     after = _traffic(device), _traffic(origin), _traffic(storage)
     (_, written), (origin_read, origin_written), (storage_read, storage_written) = (
         (new[0] - old[0], new[1] - old[1]) for old, new in zip(before, after, strict=True)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What is told of a result: ratios, aims, Markdown, plots. Nothing here measures."""
