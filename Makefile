@@ -59,9 +59,11 @@ build/bench/driver build/bench/local_load.so &: $(ENGINE) $(wildcard bench/drive
 	@$(CC) $(DRIVER_FLAGS) -fPIC -shared bench/driver/local_load.c -o build/bench/local_load.so
 
 bench-check: build build/bench/driver ## instructions and system calls of each path, compared with bench/instructions.json
+	@scripts/setup bench
 	@$(PYTHON) bench/instructions.py
 
 bench-native: build build/bench/driver ## the engine without ublk, side by side with fio; Python targets; change queries
+	@scripts/setup bench
 	@$(PYTHON) bench/native.py
 	@$(PYTHON) bench/python_targets.py
 	@$(PYTHON) bench/cbt_query.py

@@ -73,7 +73,7 @@ class OwnDaemon:
     def state(self) -> set[str]:
         """The names of its state files, apart from those of the keeper."""
         names = os.listdir(self.runtime / "state")
-        common = ("ring-lock.", "map-", "events", "catalogue", "processes", "layout")
+        common = ("ring-lock.", "map-", "events", "catalogue", "processes", "layout", "buffers-")
         return {name for name in names if not name.startswith(common)}
 
 
