@@ -150,7 +150,10 @@ struct bsu_thread_config {
 	uint64_t buffers_offset;
 };
 size_t bsu_thread_buffers_bytes(size_t pool_bytes);
-int bsu_store_unstored(const struct bsu_storage *storage, const void *buffers, size_t pool_bytes);
+struct bsu_storing;
+struct bsu_storing *bsu_storing_start(struct bsu_thread *thread, const struct bsu_storage *storage, const void *buffers, size_t bytes, int *err);
+int bsu_storing_result(const struct bsu_storing *storing);
+int bsu_storing_free(struct bsu_storing *storing);
 struct bsu_thread *bsu_thread_start(const struct bsu_thread_config *config, int *err);
 int bsu_thread_stop(struct bsu_thread *thread, unsigned int timeout_ms);
 int bsu_thread_add_barrier(struct bsu_thread *thread, int fd);

@@ -8,9 +8,7 @@
  */
 #include <errno.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include "file.h"
 #include "thread.h"
 
 size_t bsu_thread_buffers_bytes(size_t pool_bytes)
@@ -63,40 +61,4 @@ void bsu_thread_unmap_memory(struct bsu_thread *thread)
 	munmap(thread->memory, thread->config.pool_bytes);
 	if (thread->unstored)
 		munmap(thread->unstored, bsu_pool_unstored_bytes(thread->config.pool_bytes));
-}
-
-static int write_all(const struct bsu_file *file, uint64_t offset, const char *data, size_t length)
-{
-	while (length) {
-		ssize_t res = pwrite(file->fd, data, length, (off_t)offset);
-
-		if (res < 0 && (errno == EINTR || errno == EAGAIN))
-			continue;
-		if (res <= 0)
-			return res ? -errno : -EIO;
-		data += res;
-		offset += (uint64_t)res;
-		length -= (size_t)res;
-	}
-	return 0;
-}
-
-int bsu_store_unstored(const struct bsu_storage *storage, const void *buffers, size_t pool_bytes)
-{
-	const char *half;
-	struct bsu_file *file;
-	uint64_t offset, at = 0;
-	const void *data;
-	int ret = 0;
-
-	if (!pool_bytes)
-		pool_bytes = BSU_THREAD_POOL;
-	half = (const char *)buffers + bsu_pool_unstored_bytes(pool_bytes);
-	while (bsu_storage_unstored(storage, buffers, half, pool_bytes / 2, &at, &file, &offset, &data)) {
-		int res = write_all(file, offset, data, bsu_storage_unit(storage));
-
-		if (!ret)
-			ret = res;
-	}
-	return ret;
 }

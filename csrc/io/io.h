@@ -55,12 +55,6 @@ struct bsu_thread_config {
 };
 
 size_t bsu_thread_buffers_bytes(size_t pool_bytes);
-/*
- * Any thread, and it may wait for the storage as long as that does not answer:
- * stores what a dead thread with such a pool had released early. @buffers: those
- * bytes. 0, or the first error; the rest is stored all the same.
- */
-int bsu_store_unstored(const struct bsu_storage *storage, const void *buffers, size_t pool_bytes);
 
 struct bsu_thread *bsu_thread_start(const struct bsu_thread_config *config, int *err);
 /* -EBUSY while it serves a queue; -ETIMEDOUT if I/O is still out after that. */
@@ -76,6 +70,21 @@ int bsu_thread_del_barrier(struct bsu_thread *thread, int slot);
 int bsu_notify_fd(void);
 /* Another eventfd that is told the same, of somebody else; -1: none. */
 void bsu_set_doorbell(int fd);
+
+/* ---- what dead threads had released early ---- */
+
+struct bsu_storing;
+
+/*
+ * Begins to store it, by @thread. @buffers: @bytes that threads with pools of the
+ * default size had; they, and the storage, are in use until it has ended.
+ */
+struct bsu_storing *bsu_storing_start(struct bsu_thread *thread, const struct bsu_storage *storage, const void *buffers,
+				      size_t bytes, int *err);
+/* -EBUSY while it is under way; then 0, or an error, and the rest is stored all the same. */
+int bsu_storing_result(const struct bsu_storing *storing);
+/* -EBUSY while it is under way. */
+int bsu_storing_free(struct bsu_storing *storing);
 
 /* ---- ublk transport: one queue of one ublk device on a thread ---- */
 

@@ -16,6 +16,7 @@ from blksnap_ublk.engine.process import get_io_flusher, lock_memory, notify_fd, 
 from blksnap_ublk.engine.py_queue import PyQueue, PyRequest
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.storage import ARENA_PORTION, BUFFERS_BYTES, STORAGE_STATE_BYTES, Arena, Storage
+from blksnap_ublk.engine.storing import Storing
 from blksnap_ublk.engine.sweep import Sweep
 from blksnap_ublk.engine.switch import Closing, Late, NoRoom, replay_swallowed, settle, switch_all, wait_for_room
 from blksnap_ublk.engine.thread import Thread
@@ -43,6 +44,7 @@ __all__ = [
     "PyQueue",
     "PyRequest",
     "Storage",
+    "Storing",
     "Sweep",
     "Thread",
     "UblkQueue",

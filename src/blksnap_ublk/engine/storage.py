@@ -128,19 +128,6 @@ class Storage(Handle):
         while lib.bsu_storage_end_quarantine(self.pointer):
             pass
 
-    def store_unstored(self, buffers: Any) -> None:
-        """Stores what dead threads had released early for this storage: to be called before anybody reads an image.
-
-        `buffers`: what they were given, several times BUFFERS_BYTES. Waits for the storage as long as that does not
-        answer. Raises OSError when something could not be stored; the rest is all the same.
-        """
-        with pin(buffers) as memory:
-            results = [
-                lib.bsu_store_unstored(self.pointer, memory + offset, 0)
-                for offset in range(0, len(memory) // BUFFERS_BYTES * BUFFERS_BYTES, BUFFERS_BYTES)
-            ]
-        check(min(results, default=0), "storing what had been released early")
-
     @property
     def capacity(self) -> int:
         """Bytes of all areas."""

@@ -31,7 +31,7 @@ class Thread(Handle):
         `slots`: zero-copy tags of all queues together. `io_flusher`: OSError(EPERM) where that is refused.
         `buffers`: descriptor and offset of BUFFERS_BYTES allocated, zeroed bytes of a file in memory, which outlives
         the process: writes to origins go on as soon as the old data is there, and what was not stored when the process
-        died is to be stored by `Storage.store_unstored`.
+        died is to be stored: see `Storing`.
         """
         descriptor, offset = buffers or (-1, 0)
         config = ffi.new(

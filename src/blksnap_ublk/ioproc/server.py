@@ -47,7 +47,14 @@ class IoServer:
         self._images = Images(self._devices, self._storages, self._map_memory, threads)
         self._instants = Instants(loop, self._devices, self._images)
         self._doorbell = Doorbell()
-        self._sweeping = Sweeping(loop, self._storages, self._images, self._map_memory, self._doorbell.ring)
+        self._sweeping = Sweeping(
+            loop,
+            self._storages,
+            self._images,
+            self._map_memory,
+            self._doorbell.ring,
+            lambda: engine.Thread(lock_fd=ring_lock, io_flusher=io_flusher),
+        )
         self._notify = engine.notify_fd()
         loop.watch(self._notify, self._on_notify)
         self._server = Server(loop, listener, cast("type[messages.Message]", messages.Message), self._handle, refuse)

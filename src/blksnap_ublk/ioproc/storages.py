@@ -3,7 +3,6 @@
 
 import errno
 import hashlib
-import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -19,10 +18,7 @@ WAIT_LIMIT_MS = 1_000_000_000_000
 
 @dataclass
 class DifferenceStorage:
-    """A storage; `images` are those that use it. `adopted`: its quarantine has not ended.
-
-    `storing`: a thread that may still write to it what a former io process had not stored.
-    """
+    """A storage; `images` are those that use it. `adopted`: its quarantine has not ended."""
 
     name: str
     storage: Storage
@@ -31,7 +27,6 @@ class DifferenceStorage:
     records: list[StateMap] = field(default_factory=list)
     images: set[str] = field(default_factory=set)
     adopted: bool = False
-    storing: threading.Thread | None = None
 
 
 def number_of(name: str) -> int:
@@ -106,8 +101,6 @@ class Storages:
         storage = self.find(message.storage)
         if storage.images:
             raise OSError(errno.EBUSY, f"the images {', '.join(sorted(storage.images))} use it")
-        if storage.storing is not None and storage.storing.is_alive():
-            raise OSError(errno.EBUSY, "a write to it has not ended")
         storage.storage.close()
         del self._storages[message.storage]
         for memory in (storage.state, *storage.records):

@@ -8,13 +8,12 @@ import logging
 import time
 from collections.abc import Callable
 
-from blksnap_ublk.engine import BUFFERS_BYTES, Sweep
+from blksnap_ublk.engine import BUFFERS_BYTES, Storing, Sweep, Thread
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.devices import expect
 from blksnap_ublk.ioproc.images import Images
 from blksnap_ublk.ioproc.state_map import StateMap
-from blksnap_ublk.ioproc.storages import MapMemory, Storages
-from blksnap_ublk.ioproc.storing import Storing
+from blksnap_ublk.ioproc.storages import DifferenceStorage, MapMemory, Storages
 from blksnap_ublk.rpc.descriptors import Descriptors
 from blksnap_ublk.rpc.loop import Loop
 
@@ -23,21 +22,30 @@ log = logging.getLogger(__name__)
 SLICE = 0.01
 STORE_LIMIT = 30.0
 """Seconds for storages to take what was not stored, as for any copy."""
+END_AGAIN = 1.0
 
 
 class Sweeping:
-    """One sweep for all that is adopted. `done()` is called at its end."""
+    """One sweep for all that is adopted. `done()` is called at its end; `start_thread()` starts a queue thread."""
 
     def __init__(
-        self, loop: Loop, storages: Storages, images: Images, map_memory: MapMemory, done: Callable[[], None]
+        self,
+        loop: Loop,
+        storages: Storages,
+        images: Images,
+        map_memory: MapMemory,
+        done: Callable[[], None],
+        start_thread: Callable[[], Thread],
     ) -> None:
         self._loop = loop
+        self._start_thread = start_thread
         self._storages = storages
         self._images = images
         self._map_memory = map_memory
         self._done = done
         self._unstored: list[StateMap] = []
-        self._storing: list[Storing] | None = None
+        self._storing: list[tuple[DifferenceStorage, Storing]] | None = None
+        self._thread: Thread | None = None
         self._store_until = 0.0
         self._sweep: Sweep | None = None
         self._lost: list[int] = []
@@ -60,8 +68,16 @@ class Sweeping:
         """Raises OSError; EALREADY for a second one."""
         self._refuse_begun()
         self._lost = message.lost
+        self._storing = []
         self._store_until = time.monotonic() + STORE_LIMIT
-        self._storing = [Storing(each, self._unstored) for each in self._storages.adopted() if self._unstored]
+        adopted = self._storages.adopted()
+        if self._unstored and adopted:
+            self._thread = self._start_thread()
+            self._storing = [
+                (storage, Storing(self._thread, storage.storage, buffers.memory))
+                for storage in adopted
+                for buffers in self._unstored
+            ]
         self._loop.later(0, self._store)
 
     def _refuse_begun(self) -> None:
@@ -71,19 +87,16 @@ class Sweeping:
     def _store(self) -> None:
         """Waits until all is stored that was released early; then the sweep begins."""
         assert self._storing is not None
-        late = [each for each in self._storing if each.thread.is_alive()]
+        late = any(storing.result is None for _, storing in self._storing)
         if late and time.monotonic() < self._store_until:
             self._loop.later(SLICE, self._store)
             return
-        for each in self._storing:
-            error = errno.ETIMEDOUT if each in late else each.error
+        for storage, storing in self._storing:
+            error = errno.ETIMEDOUT if storing.result is None else storing.result
             if error:
-                log.error("storage %s: what was to be kept in it cannot be stored", each.storage.name)
-                self._images.break_storage(messages.BreakStorage(each.storage.name, error))
-        if not late:
-            for buffers in self._unstored:
-                buffers.close()
-        self._unstored = []
+                log.error("storage %s: what was to be kept in it cannot be stored", storage.name)
+                self._images.break_storage(messages.BreakStorage(storage.name, error))
+        self._end_storing()
         self._sweep = Sweep(
             self._map_memory.arena,
             [each.storage for each in self._storages.adopted()],
@@ -97,6 +110,26 @@ class Sweeping:
         self._quarantine_ended = True
         if self.swept:
             self._free()
+
+    def _end_storing(self) -> None:
+        """What a silent storage does not take is in use until it does; so is the storage."""
+        assert self._storing is not None
+        late = []
+        for storage, storing in self._storing:
+            if storing.result is None:
+                late.append((storage, storing))
+            else:
+                storing.close()
+        self._storing = late
+        if late:
+            self._loop.later(END_AGAIN, self._end_storing)
+            return
+        for buffers in self._unstored:
+            buffers.close()
+        self._unstored = []
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
 
     def _go_on(self) -> None:
         assert self._sweep is not None

@@ -14,6 +14,7 @@ import pytest
 
 from blksnap_ublk import engine
 from blksnap_ublk.engine import ImageStatus
+from tests.own_daemon import wait_until
 from tests.unit.engine.disks import UNIT, errno_of, pattern
 from tests.unit.engine.test_adoption import ROOM, SIZE, Process, Remains
 
@@ -80,7 +81,11 @@ def test_what_was_not_stored_is_stored_by_the_successor(disks: Path, buffers: in
     successor = Process(disks, left, adopt=True)
     with mmap.mmap(buffers, OFFSET + engine.BUFFERS_BYTES) as memory, memoryview(memory)[OFFSET:] as part:
         if kind != "not stored":
-            successor.storage.store_unstored(part)
+            with engine.Thread() as thread:
+                storing = engine.Storing(thread, successor.storage, part)
+                wait_until("it is stored", lambda: storing.result is not None)
+                assert storing.result == 0
+                storing.close()
     successor.sweep()
     if kind == "stored later":
         assert successor.read(1) == pattern(1, SIZE)
