@@ -66,10 +66,15 @@ def answered(daemon: OwnDaemon, then: Callable[[], None]) -> None:
 
 
 def expect_only(daemon: OwnDaemon, devices: int, snapshots: int) -> None:
-    """Nothing exists but what so many devices and snapshots have."""
+    """Nothing exists but what so many devices and snapshots have, as soon as what is left was given back."""
+    expected = sorted(["device"] * devices + ["image", "records", "storage"] * snapshots)
+    wait_until(f"there is {expected or 'nothing'}", lambda: kinds(daemon) == expected)
     assert len(ublk_nodes()) == 2 * (devices + snapshots), daemon.log()
-    kinds = sorted(name.partition("-")[0] for name in daemon.state())
-    assert kinds == sorted(["device"] * devices + ["image", "records", "storage"] * snapshots), daemon.log()
+
+
+def kinds(daemon: OwnDaemon) -> list[str]:
+    """Of state files that belong to devices and snapshots."""
+    return sorted(name.partition("-")[0] for name in daemon.state())
 
 
 @seed(0)
