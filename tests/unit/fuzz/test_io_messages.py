@@ -50,6 +50,7 @@ message_strategy: st.SearchStrategy[messages.Message] = st.one_of(
     st.builds(messages.OpenStorage, storage=names, unit=st.just(4096) | sizes),
     st.builds(messages.AddArea, storage=names, offset=sizes, length=sizes),
     st.builds(messages.CloseStorage, storage=names),
+    st.builds(messages.Unstored, buffers=st.lists(names, max_size=3)),
     st.builds(messages.AddMapMemory, portions=st.lists(names, max_size=3)),
     st.builds(messages.OpenImage, image=names, device=names, storage=names, serial=st.just(1) | sizes),
     st.builds(messages.ServeImage, image=names, **serving),
