@@ -29,19 +29,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from bench.machine import machine
 from bench.spread import Spread, spread_of_ratios
+from bench.stored import store
 from blksnap_ublk import engine
 from blksnap_ublk.cbt import Cursor, History
 from blksnap_ublk.cbt.geometry import TRACKING_BLOCK_DEFAULT
 from blksnap_ublk.snapshot.state_files import StateFiles, swallowed_bytes
 
-RESULTS = Path(__file__).parent / "results"
 TIB, MIB = 1 << 40, 1 << 20
 SCATTERED = 20_000
 DENSE_RUN = 37
@@ -281,12 +280,7 @@ def main() -> None:
         "held": options.held,
     }
     document = Document(machine(), settings, results)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"cbt-query-{time.strftime('%Y%m%dT%H%M%S')}-{os.uname().release}"
-    path.with_name(path.name + ".json").write_bytes(msgspec.json.encode(document))
-    text = to_markdown(document)
-    path.with_name(path.name + ".md").write_text(text)
-    print(text)
+    store("cbt-query", document, to_markdown(document))
 
 
 if __name__ == "__main__":

@@ -23,26 +23,23 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import msgspec
 from msgspec import Struct
 
 from bench import driver
 from bench.document import Speed
 from bench.machine import machine
 from bench.spread import spread_of_ratios
+from bench.stored import store
 
-RESULTS = Path(__file__).parent / "results"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SPARE = 64 * MIB
 """Of the storage beyond the area, as the driver wants it."""
@@ -268,12 +265,7 @@ def main() -> int:
                 for shape in SHAPES:
                     if fnmatch.fnmatch(f"{kind}, {shape}", options.cells):
                         document.cells.append(measure(parent, files, kind, shape, turns, seconds))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"native-{time.strftime('%Y%m%dT%H%M%S')}-{os.uname().release}"
-    path.with_name(path.name + ".json").write_bytes(msgspec.json.encode(document))
-    text = to_markdown(document)
-    path.with_name(path.name + ".md").write_text(text)
-    print(text)
+    store("native", document, to_markdown(document))
     return 0
 
 

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,18 +27,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import msgspec
 from msgspec import Struct
 
 from bench.driver.local_load import Load, run_load
 from bench.machine import machine
 from bench.spread import spread, spread_of_ratios
+from bench.stored import store
 from blksnap_ublk import engine
 from blksnap_ublk.engine import Op
 from blksnap_ublk.ublk import PyTarget
 from blksnap_ublk.ublk.pyservice import PyService
 
-RESULTS = Path(__file__).parent / "results"
 SIZE = 1 << 40
 MAX_IO = 512 << 10
 AIM = 50_000
@@ -201,12 +199,7 @@ def main() -> int:
     document = Document(machine(), settings, [measure(*cell, options.turns, options.seconds) for cell in CELLS])
     if options.profile:
         document.hot = profile(max(options.seconds, 3.0))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"python-targets-{time.strftime('%Y%m%dT%H%M%S')}-{os.uname().release}"
-    path.with_name(path.name + ".json").write_bytes(msgspec.json.encode(document))
-    text = to_markdown(document)
-    path.with_name(path.name + ".md").write_text(text)
-    print(text)
+    store("python-targets", document, to_markdown(document))
     return 0
 
 

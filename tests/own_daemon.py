@@ -77,6 +77,11 @@ class OwnDaemon:
         return {name for name in names if not name.startswith(common)}
 
 
+def state_kinds(daemon: OwnDaemon) -> list[str]:
+    """Of state files that belong to devices and snapshots: device, image, records, storage, each as often as it is."""
+    return sorted(name.partition("-")[0] for name in daemon.state())
+
+
 def wait_until(what: str, condition: Callable[[], bool]) -> None:
     """Waits for something that takes a moment; fails after a long time."""
     end = time.monotonic() + PATIENCE

@@ -10,7 +10,8 @@ from enum import Enum
 
 from bench.cells import FIRST, RAM, READS, SLOW, WRITES
 from bench.document import CellRuns, Document
-from bench.report.ratios import BEST_DM, Ratio, ratio, ratio_in
+from bench.report.ratios import BEST_DM, ratio, ratio_in
+from bench.spread import Spread
 
 
 class Outcome(Enum):
@@ -99,7 +100,7 @@ def _of_ratios(speeds: Sequence[CellRuns]) -> Iterator[Verdict]:
 def _of_held(held: Sequence[CellRuns]) -> Iterator[Verdict]:
     for cell in held:
         found = ratio(cell.runs[MANY], cell.runs[ONE])
-        noise: Ratio = ratio(cell.runs[ANOTHER_ONE], cell.runs[ONE])
+        noise: Spread = ratio(cell.runs[ANOTHER_ONE], cell.runs[ONE])
         yield Verdict(
             f"{MANY} snapshots / one",
             f"{cell.disk}, {cell.group} {cell.cell}",
@@ -149,7 +150,7 @@ def _of_pauses(document: Document) -> Iterator[Verdict]:
         yield Verdict("pause when the serving process is killed", pause.setting, "reported", found, Outcome.REPORTED)
 
 
-def _outcome(found: Ratio, least: float) -> Outcome:
+def _outcome(found: Spread, least: float) -> Outcome:
     if found.low < least <= found.high and found.high - found.low > WIDE * found.median:
         return Outcome.UNCLEAR
     return Outcome.MET if found.median >= least else Outcome.MISSED

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from bench.cells import FIRST, READS, READS_BUSY, WRITES
 from bench.document import CellRuns, Speed
+from bench.spread import Spread, spread_of_ratios
 
 DM = "dm-"
 BEST_DM = "best dm"
@@ -46,28 +46,12 @@ BASES = ("kublk", "loop", "idle")
 """Completion times are shown in units of those of the first of these that a cell has."""
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """One contender in units of another, over all turns: the median, and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
-
-
-def ratio(one: Sequence[Speed], other: Sequence[Speed]) -> Ratio:
+def ratio(one: Sequence[Speed], other: Sequence[Speed]) -> Spread:
     """Of requests per second; each turn is one pair."""
-    values = [a.iops / b.iops for a, b in zip(one, other, strict=True)]
-    if len(values) == 1:
-        return Ratio(values[0], values[0], values[0])
-    low, middle, high = statistics.quantiles(values, method="inclusive")
-    return Ratio(middle, low, high)
+    return spread_of_ratios([each.iops for each in one], [each.iops for each in other])
 
 
-def ratio_in(cell: CellRuns, one: str, other: str) -> Ratio | None:
+def ratio_in(cell: CellRuns, one: str, other: str) -> Spread | None:
     """None where one of the two was not measured."""
     others = [name for name in cell.runs if name == other or (other == BEST_DM and name.startswith(DM))]
     if one not in cell.runs:
@@ -76,7 +60,7 @@ def ratio_in(cell: CellRuns, one: str, other: str) -> Ratio | None:
     return min(found, key=lambda each: each.median, default=None)
 
 
-def ratios(cell: CellRuns) -> dict[str, Ratio]:
+def ratios(cell: CellRuns) -> dict[str, Spread]:
     """All pairs of its group that were measured, by `one/other`."""
     found = {f"{one}/{other}": ratio_in(cell, one, other) for one, other in PAIRS[cell.group]}
     return {pair: value for pair, value in found.items() if value is not None}

@@ -204,9 +204,10 @@ int bsu_storage_end_quarantine(struct bsu_storage *storage);
  * written to @offset of @file before anybody reads an image; false when there
  * are no more. @at begins with 0.
  */
-uint32_t bsu_storage_unit(const struct bsu_storage *storage);
 bool bsu_storage_unstored(const struct bsu_storage *storage, const void *unstored, const void *buffers, size_t bytes,
 			  uint64_t *at, struct bsu_file **file, uint64_t *offset, const void **data);
+/* Bytes. */
+uint32_t bsu_storage_unit(const struct bsu_storage *storage);
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage);
 uint64_t bsu_storage_used(const struct bsu_storage *storage);
 uint64_t bsu_storage_area_used(const struct bsu_storage *storage, unsigned int area);

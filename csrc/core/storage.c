@@ -157,6 +157,11 @@ int bsu_storage_add_area(struct bsu_storage *storage, struct bsu_file *file, uin
 	return ret;
 }
 
+uint32_t bsu_storage_unit(const struct bsu_storage *storage)
+{
+	return storage->unit;
+}
+
 uint64_t bsu_storage_capacity(const struct bsu_storage *storage)
 {
 	return atomic_load_explicit(&storage->state->capacity, memory_order_acquire) * storage->unit;

@@ -2,11 +2,6 @@
 /* What a former process had released early, for whoever stores it now. */
 #include "internal.h"
 
-uint32_t bsu_storage_unit(const struct bsu_storage *storage)
-{
-	return storage->unit;
-}
-
 static bool is_held(const struct bsu_storage *storage, uint32_t place, const void *data)
 {
 	const struct bsu_area *area;

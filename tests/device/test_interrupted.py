@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from blksnap_ublk.errors import BlksnapError
-from tests.own_daemon import PATIENCE, Disks, OwnDaemon, disks, own_daemon, ublk_nodes, wait_until
+from tests.own_daemon import PATIENCE, Disks, OwnDaemon, disks, own_daemon, state_kinds, ublk_nodes, wait_until
 
 SIZE = 32 << 20
 MOMENTS = 5
@@ -68,13 +68,8 @@ def answered(daemon: OwnDaemon, then: Callable[[], None]) -> None:
 def expect_only(daemon: OwnDaemon, devices: int, snapshots: int) -> None:
     """Nothing exists but what so many devices and snapshots have, as soon as what is left was given back."""
     expected = sorted(["device"] * devices + ["image", "records", "storage"] * snapshots)
-    wait_until(f"there is {expected or 'nothing'}", lambda: kinds(daemon) == expected)
+    wait_until(f"there is {expected or 'nothing'}", lambda: state_kinds(daemon) == expected)
     assert len(ublk_nodes()) == 2 * (devices + snapshots), daemon.log()
-
-
-def kinds(daemon: OwnDaemon) -> list[str]:
-    """Of state files that belong to devices and snapshots."""
-    return sorted(name.partition("-")[0] for name in daemon.state())
 
 
 @seed(0)

@@ -21,7 +21,7 @@ from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.keeper.client import KeeperClient
 from tests.direct_io import read_at, write_at
 from tests.loop_devices import loop_device, run
-from tests.own_daemon import OwnDaemon, own_daemon, ublk_nodes, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, state_kinds, ublk_nodes, wait_until
 
 SIZE = 32 << 20
 STORAGE = 4 << 20
@@ -87,17 +87,12 @@ def each_step(step: int, of: Callable[[int], bool]) -> None:
 def expect_only(daemon: OwnDaemon, devices: int, snapshots: int) -> None:
     """Nothing exists but what so many devices and snapshots have, as soon as what is left was given back."""
     expected = sorted(["device"] * devices + ["image", "records", "storage"] * snapshots)
-    wait_until(f"there is {expected or 'nothing'}", lambda: kinds(daemon) == expected)
+    wait_until(f"there is {expected or 'nothing'}", lambda: state_kinds(daemon) == expected)
     assert len(ublk_nodes()) == 2 * (devices + snapshots), daemon.log()
     assert len(list((daemon.runtime / "state").glob("buffers-*"))) == devices, daemon.log()
     with KeeperClient(daemon.runtime / "keeper.sock") as keeper:
         held = sorted(name.partition(":")[0] for name in keeper.names())
     assert held == sorted(["origin"] * devices + ["storage"] * snapshots), daemon.log()
-
-
-def kinds(daemon: OwnDaemon) -> list[str]:
-    """Of state files that belong to devices and snapshots."""
-    return sorted(name.partition("-")[0] for name in daemon.state())
 
 
 @drawn

@@ -15,11 +15,11 @@ from blksnap_ublk.engine.local_queue import LocalQueue
 from blksnap_ublk.engine.process import get_io_flusher, lock_memory, notify_fd, set_doorbell, set_io_flusher
 from blksnap_ublk.engine.py_queue import PyQueue, PyRequest
 from blksnap_ublk.engine.request import Flags, Op
-from blksnap_ublk.engine.storage import ARENA_PORTION, BUFFERS_BYTES, STORAGE_STATE_BYTES, Arena, Storage
+from blksnap_ublk.engine.storage import ARENA_PORTION, STORAGE_STATE_BYTES, Arena, Storage
 from blksnap_ublk.engine.storing import Storing
 from blksnap_ublk.engine.sweep import Sweep
 from blksnap_ublk.engine.switch import Closing, Late, NoRoom, replay_swallowed, settle, switch_all, wait_for_room
-from blksnap_ublk.engine.thread import Thread
+from blksnap_ublk.engine.thread import BUFFERS_BYTES, Thread
 from blksnap_ublk.engine.ublk_queue import UblkQueue, UblkStatus
 
 __all__ = [

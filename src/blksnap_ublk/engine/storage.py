@@ -16,10 +16,6 @@ STORAGE_STATE_BYTES: int = lib.bsu_storage_state_bytes()
 """Bytes of a storage's shared state."""
 
 
-BUFFERS_BYTES: int = lib.bsu_thread_buffers_bytes(0)
-"""Bytes of a file that a thread's buffers for the difference storage take."""
-
-
 class Arena(Handle):
     """Map memory, given in portions; shared by the maps of all images."""
 

@@ -8,6 +8,9 @@ from typing import Any
 from blksnap_ublk.engine._engine import ffi, lib
 from blksnap_ublk.engine.handle import Handle, check, create
 
+BUFFERS_BYTES: int = lib.bsu_thread_buffers_bytes(0)
+"""Bytes of a file that a thread's buffers for the difference storage take."""
+
 
 class Thread(Handle):
     """A C thread with its io_uring rings and its pool of buffers; queues are put on it. It never takes the GIL."""

@@ -67,18 +67,28 @@ class Sweeping:
     def begin(self, message: messages.Sweep) -> None:
         """Raises OSError; EALREADY for a second one."""
         self._refuse_begun()
-        self._lost = message.lost
-        self._storing = []
-        self._store_until = time.monotonic() + STORE_LIMIT
         adopted = self._storages.adopted()
         if self._unstored and adopted:
+            # Before anything changes: where it cannot be started, the message may be sent again.
             self._thread = self._start_thread()
-            self._storing = [
-                (storage, Storing(self._thread, storage.storage, buffers.memory))
-                for storage in adopted
-                for buffers in self._unstored
-            ]
+        self._lost = message.lost
+        self._store_until = time.monotonic() + STORE_LIMIT
+        self._storing = [each for storage in adopted for each in self._begin_storing(storage)]
         self._loop.later(0, self._store)
+
+    def _begin_storing(self, storage: DifferenceStorage) -> list[tuple[DifferenceStorage, Storing]]:
+        begun: list[tuple[DifferenceStorage, Storing]] = []
+        try:
+            for buffers in self._unstored:
+                assert self._thread is not None
+                begun.append((storage, Storing(self._thread, storage.storage, buffers.memory)))
+        except OSError as error:
+            self._lose(storage, error.errno or errno.EIO)
+        return begun
+
+    def _lose(self, storage: DifferenceStorage, error: int) -> None:
+        log.error("storage %s: what was to be kept in it cannot be stored", storage.name)
+        self._images.break_storage(messages.BreakStorage(storage.name, error))
 
     def _refuse_begun(self) -> None:
         if self._storing is not None or self._ended:
@@ -94,8 +104,7 @@ class Sweeping:
         for storage, storing in self._storing:
             error = errno.ETIMEDOUT if storing.result is None else storing.result
             if error:
-                log.error("storage %s: what was to be kept in it cannot be stored", storage.name)
-                self._images.break_storage(messages.BreakStorage(storage.name, error))
+                self._lose(storage, error)
         self._end_storing()
         self._sweep = Sweep(
             self._map_memory.arena,

@@ -126,7 +126,8 @@ class Context:
     making: set[str] = field(default_factory=set)
     """Keys of storages that are being opened for snapshots that are not in the catalogue yet."""
     buffers: set[str] = field(default_factory=set)
-    """Names of buffers that are being handed to the io process, while `handing_over` is held."""
+    """Names of buffers that are being handed to the io process, which does not tell of them yet."""
     handing_over: threading.Lock = field(default_factory=threading.Lock)
+    """Held while such a name is chosen: no two devices get the same. Nothing is waited for meanwhile."""
     unheld: set[str] = field(default_factory=set)
     """Keys of storages in use, some of whose files this process could not open again yet."""
