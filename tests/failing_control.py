@@ -18,9 +18,15 @@ from typing import Any
 from blksnap_ublk.cbt import History
 from blksnap_ublk.daemon import control, main
 from blksnap_ublk.keeper.runtime import RuntimePaths
+from blksnap_ublk.snapshot import adopting
 from blksnap_ublk.snapshot.disks import Disks
 
-STEPS: list[tuple[Any, str]] = [(History, "commit"), (Disks, "start")]
+STEPS: list[tuple[Any, str]] = [
+    (History, "commit"),
+    (Disks, "start"),
+    (Disks, "end_recovery"),
+    (adopting, "hold_again"),
+]
 
 
 def failing(function: Callable[..., Any], name: str, order: Path) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from demo import blocks
 from tests import failing_control
 from tests.direct_io import write_at
 from tests.filtered import Filtered, filtered, granted_ways
+from tests.killing import kill_and_wait
 from tests.loop_devices import loop_device
 from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
@@ -127,6 +128,52 @@ def test_images_that_cannot_be_started_are_taken_back(
         client.destroy_snapshots([second.id])
         assert {name for name in daemon.state() if "device" not in name} == {n for n in before if "device" not in n}
         client.destroy_snapshots([first.id])
+
+
+def test_images_that_cannot_be_served_again_at_once_are_tried_again(
+    daemon: OwnDaemon, client: Client, folder: Path
+) -> None:
+    """The device's own recovery is the first call. What fails then may be over in a moment, and is no loss."""
+    order = daemon.runtime / "fail"
+    with (
+        loop_device(folder / "disk", SIZE) as origin,
+        filtered(client, origin, granted_ways()[-1], folder) as device,
+    ):
+        snapshot = device.snapshot(folder)
+        image = snapshot.images[0].image
+        before = blocks.sha256(image, SIZE)
+        write([device], 1)
+        order.write_text("end_recovery 2")
+        try:
+            kill_and_wait(daemon, "io")
+            wait_until("it was tried", lambda: "cannot be served again yet" in daemon.log())
+        finally:
+            order.unlink()
+        assert blocks.sha256(image, SIZE) == before
+        assert device.state_of(snapshot) == "active"
+        device.destroy(snapshot)
+
+
+def test_images_are_served_while_the_control_process_cannot_have_their_storage(
+    daemon: OwnDaemon, client: Client, folder: Path
+) -> None:
+    order = daemon.runtime / "fail"
+    with (
+        loop_device(folder / "disk", SIZE) as origin,
+        filtered(client, origin, granted_ways()[-1], folder) as device,
+    ):
+        snapshot = device.snapshot(folder)
+        image = snapshot.images[0].image
+        before = blocks.sha256(image, SIZE)
+        write([device], 1)
+        order.write_text("hold_again 1")
+        try:
+            kill_and_wait(daemon, "io", "control")
+            assert blocks.sha256(image, SIZE) == before
+        finally:
+            order.unlink()
+    with daemon.client() as after:
+        assert after.list_snapshots() == []
 
 
 def test_an_image_that_somebody_else_has_removed_can_be_destroyed(

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from blksnap_ublk.errors import BlksnapError, NotFound
 from blksnap_ublk.snapshot import broken, destroy, lifetime, map_memory, naming
@@ -36,6 +37,7 @@ class Watch:
         self._tried = time.monotonic()
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="expiry")
         self._clearing: Future[None] | None = None
+        self._keeper_missed = False
         self._ends_at: dict[str, float] = {}
 
     def start(self) -> None:
@@ -66,9 +68,7 @@ class Watch:
             self._context.io_died = time.monotonic()
             reconcile(self._context)
             return
-        if self._context.keeper.lost():
-            _log.error("the keeper has gone")
-            keep_again(self._context)
+        self._look_for_keeper()
         soon = go_on(self._context)
         if time.monotonic() - self._tried > TRY_AGAIN and (self._clearing is None or self._clearing.done()):
             self._clearing = self._enders.submit(self._clear_away)
@@ -81,6 +81,17 @@ class Watch:
             self._end_expired()
             self._feed(held)
         self._context.io.lost(SOON if soon else LOOK)
+
+    def _look_for_keeper(self) -> None:
+        """The next one is not waited for: the io process may die meanwhile."""
+        if not self._context.keeper.lost():
+            return
+        if not self._keeper_missed:
+            self._keeper_missed = True
+            _log.error("the keeper has gone")
+        with suppress(ConnectionError):
+            keep_again(self._context)
+            self._keeper_missed = False
 
     def _clear_away(self) -> None:
         try:

@@ -27,16 +27,18 @@ from blksnap_ublk.keeper.messages import (
 from blksnap_ublk.rpc.client import Client
 from blksnap_ublk.rpc.descriptors import Descriptors
 
-TIMEOUT = 10.0
-PATIENCE = 10.0
-"""Seconds for another keeper to come when one has died."""
+TIMEOUT = 30.0
+PATIENCE = 60.0
+"""Seconds for another keeper to come, from when one was missed first; on a busy machine it takes many."""
 
+_ROOM_LIMIT = 10.0  # seconds for a keeper to make room for another connection
 _AGAIN = 0.05
 
 
 class KeeperClient:
     """A connection to the keeper, whichever it is: when one has died, the next one is waited for.
 
+    That is not done over again by each call: when the time is up they fail at once, until there is a keeper.
     Any thread may call. A call raises OSError: what the keeper refused, or that there is none, or that it does not
     answer. What was put with a keeper that has died is not held by the next one: see `lost`.
     """
@@ -45,6 +47,8 @@ class KeeperClient:
         """Connect to `keeper.sock`. `patience`: seconds for a keeper, now or another one later. Raises OSError."""
         self._path = path
         self._patience = patience
+        self._missed: float | None = None
+        """When there was first no answer, of the monotonic clock; None while there is a keeper."""
         self._lock = threading.Lock()
         self._client = self._awaited(patience)
         self._known = self._client
@@ -96,13 +100,10 @@ class KeeperClient:
         poll.register(client.fileno(), select.POLLRDHUP)
         return bool(poll.poll(0))
 
-    def reconnect(self, seconds: float | None = None) -> None:
-        """Go on with the keeper of now, which is waited for so long; the caller puts again what is to be held.
-
-        Raises OSError when there is none.
-        """
+    def reconnect(self) -> None:
+        """Go on with the keeper of now; the caller puts again what is to be held. Raises OSError when there is none."""
         if self.lost():
-            self._renew(self._known, self._patience if seconds is None else seconds)
+            self._renew(self._known, 0)
         self._known = self._client
 
     def close(self) -> None:
@@ -118,17 +119,26 @@ class KeeperClient:
         self.close()
 
     def _done(self, message: Message, *descriptors: int) -> tuple[Done, Descriptors]:
-        end = time.monotonic() + self._patience
+        end = time.monotonic() + _ROOM_LIMIT
+        renewed = False
         while True:
             client = self._client
             try:
                 answer, received = client.call(message, descriptors, TIMEOUT)
             except OSError as error:
                 # All messages may be repeated. One that came too late for an answer is no reason to wait again.
-                if isinstance(error, TimeoutError) or error.errno == errno.EMSGSIZE or time.monotonic() > end:
+                if isinstance(error, TimeoutError) or error.errno == errno.EMSGSIZE:
                     raise
-                self._renew(client, end - time.monotonic())
+                now = time.monotonic()
+                if self._missed is None:
+                    self._missed = now
+                left = self._missed + self._patience - now
+                if renewed and left <= 0:
+                    raise
+                self._renew(client, left)
+                renewed = True
                 continue
+            self._missed = None
             if not isinstance(answer, Refused):
                 return answer, received
             received.close()

@@ -21,7 +21,7 @@ from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.storage import Identity
 from blksnap_ublk.snapshot.storage.reopening import reopen
 
-_CLAIM_LIMIT = 1.0  # seconds for a dead process to let go of a file
+_CLAIM_LIMIT = 5.0  # seconds for a dead process to let go of a file
 _log = logging.getLogger(__name__)
 
 

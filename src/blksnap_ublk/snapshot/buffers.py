@@ -7,6 +7,7 @@ is kept until what is in it was stored.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import ExitStack
@@ -48,9 +49,14 @@ def serve(context: Context, message: messages.ServeDevice) -> None:
 
 
 def tell_unstored(context: Context, inventory: messages.Inventory) -> None:
-    """Before the sweep: the io process gets those that others have left. Raises IoRefused, Failed, OSError."""
+    """Before the sweep: the io process gets those that others have left. What it does not get, or what was damaged,
+    is not stored: checksums tell where it lacks.
+
+    Raises IoRefused(EALREADY) where it has them already, Failed, OSError.
+    """
     used = _in_use(inventory)
-    left = [name for name in _all(context) if name not in used]
+    # One that is not whole no io process ever had: whoever made it has died meanwhile.
+    left = [name for name in _all(context) if name not in used and _is_whole(context, name)]
     for first in range(0, len(left), _AT_ONCE):
         part = left[first : first + _AT_ONCE]
         with ExitStack() as closing:
@@ -58,7 +64,12 @@ def tell_unstored(context: Context, inventory: messages.Inventory) -> None:
             for name in part:
                 descriptors.append(context.state.open(name))
                 closing.callback(os.close, descriptors[-1])
-            context.io.call(messages.Unstored(part), descriptors)
+            try:
+                context.io.call(messages.Unstored(part), descriptors)
+            except IoRefused as error:
+                if error.errno == errno.EALREADY:
+                    raise
+                _log.error("what was not stored yet: %s", error)
 
 
 def remove_unused(context: Context) -> None:
@@ -70,6 +81,11 @@ def remove_unused(context: Context) -> None:
     if inventory.swept:
         for name in set(names) - begun - _in_use(inventory):
             context.state.remove(name)
+
+
+def _is_whole(context: Context, name: str) -> bool:
+    status = context.state.path(name).stat()
+    return status.st_size >= BUFFERS_BYTES and status.st_blocks * 512 >= status.st_size
 
 
 def _all(context: Context) -> list[str]:

@@ -117,6 +117,8 @@ class Context:
     """Ids of snapshots whose removal was broken off, and is to be tried again."""
     waiting: set[str] = field(default_factory=set)
     """Ids of snapshots whose images wait to be served again."""
+    refused: dict[str, float] = field(default_factory=dict)
+    """By id of those: since when, of the monotonic clock, the io process of now or the kernel refuse to serve them."""
     quarantine: bool = False
     """The io process has not been told that the storage I/O of dead ones has ended."""
     io_died: float | None = None
@@ -131,3 +133,8 @@ class Context:
     """Held while such a name is chosen: no two devices get the same. Nothing is waited for meanwhile."""
     unheld: set[str] = field(default_factory=set)
     """Keys of storages in use, some of whose files this process could not open again yet."""
+
+    def stop_waiting(self, snapshot_id: str) -> None:
+        """Its images are served again, or never will be."""
+        self.waiting.discard(snapshot_id)
+        self.refused.pop(snapshot_id, None)

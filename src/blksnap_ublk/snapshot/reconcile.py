@@ -58,7 +58,7 @@ def go_on(context: Context) -> bool:
     if context.sweeping:
         return True
     images.serve_waiting(context)
-    return bool(context.waiting) and not context.conditions
+    return bool(context.waiting - context.refused.keys()) and not context.conditions
 
 
 def clear_away(context: Context) -> None:
@@ -101,6 +101,7 @@ def _reconcile(context: Context) -> None:
     with context.locks.holding(keys):
         with map_memory.halted():
             inventory = context.io.connect()
+            context.refused.clear()
             keys |= _guarded("rebuilding the catalogue", leftovers.rebuild_devices, context, inventory, keys) or set()
             known = [entry for entry in context.catalogue.devices() if entry.key in keys]
             snapshots = _of(context, keys)
@@ -159,11 +160,15 @@ def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) 
 
 def _restore_snapshot(context: Context, snapshot: SnapshotEntry) -> None:
     """One that lives: its storage is held by this process too, and its images are served as soon as they can be."""
-    storage = storages.of(context, snapshot)
-    adopting.adopt(context, storage)
     context.state.remove(naming.commit_name(snapshot.id))
     if not images.all_served(context, snapshot, context.io.inventory()):
         context.waiting.add(snapshot.id)
+    storage = storages.of(context, snapshot)
+    try:
+        adopting.adopt(context, storage)
+    except (BlksnapError, OSError):
+        context.unheld.add(storage.key)  # the io process has it: it only cannot grow yet
+        raise
 
 
 def _clear_away(context: Context, snapshot: SnapshotEntry, limit: float = destroy.TRY_LIMIT) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -20,6 +21,7 @@ from blksnap_ublk.ublk.device_info import DeviceState as KernelState
 
 REMOVED = "the disk of its image was removed by somebody else"
 _AT_ONCE = 8  # images that are served again at the same time
+_GIVE_UP = 60.0  # seconds in which those that cannot be served again are tried
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ def serve_waiting(context: Context) -> None:
     for snapshot_id in list(context.waiting):
         snapshot = context.catalogue.snapshot(snapshot_id)
         if snapshot is None:
-            context.waiting.discard(snapshot_id)
+            context.stop_waiting(snapshot_id)
             continue
         with context.locks.trying(destroy.devices_of(context, snapshot)) as held:
             if held:
@@ -55,10 +57,13 @@ def serve_waiting(context: Context) -> None:
 
 
 def serve(context: Context, snapshot_id: str) -> None:
-    """The images of one snapshot, for a caller that holds the locks of its devices; one that fails, loses it."""
+    """The images of one snapshot, for a caller that holds the locks of its devices.
+
+    One whose disk is gone loses it; so does one that could not be served again for a long time.
+    """
     snapshot = context.catalogue.snapshot(snapshot_id)
     if snapshot is None or snapshot.lost is not None or snapshot.phase is not Phase.ACTIVE:
-        context.waiting.discard(snapshot_id)
+        context.stop_waiting(snapshot_id)
         return
     if any(image.device in context.conditions for image in snapshot.images):
         return
@@ -71,12 +76,15 @@ def serve(context: Context, snapshot_id: str) -> None:
     try:
         with ThreadPoolExecutor(min(len(snapshot.images), _AT_ONCE), thread_name_prefix="image") as threads:
             done = list(threads.map(serve_one, snapshot.images))
+    except _RemovedError:
+        losing.lose(context, snapshot_id, REMOVED)
+        return
     except (BlksnapError, OSError) as error:
         if not context.io.lost():
-            losing.lose(context, snapshot_id, str(error))
+            _refused(context, snapshot_id, error)
         return
     if all(done):
-        context.waiting.discard(snapshot_id)
+        context.stop_waiting(snapshot_id)
         context.emit("recovered", snapshot=snapshot_id, device=naming.only_device(snapshot))
 
 
@@ -91,12 +99,27 @@ def all_served(context: Context, snapshot: SnapshotEntry, inventory: messages.In
     )
 
 
+class _RemovedError(Exception):
+    """There is no disk any more that could be served."""
+
+
+def _refused(context: Context, snapshot_id: str, error: Exception) -> None:
+    """May be a shortage, which ends, or the death of the io process: the kernel closes what it had one after another,
+    and its devices may be gone before the connection is."""
+    now = time.monotonic()
+    since = context.refused.setdefault(snapshot_id, now)
+    if since == now:
+        _log.warning("snapshot %s: its images cannot be served again yet, which is tried again: %s", snapshot_id, error)
+    elif now - since > _GIVE_UP:
+        losing.lose(context, snapshot_id, f"its images cannot be served again: {error}")
+
+
 def _serve(context: Context, image: ImageEntry, *, armed: bool) -> bool:
     """False where it has to wait."""
     served = image.served
     state = None if served is None else context.disks.state_of(served)
     if served is None or state in (None, KernelState.DEAD):
-        raise OSError(errno.ENODEV, REMOVED)
+        raise _RemovedError
     if armed and state is KernelState.LIVE:
         return True
     if not armed:

@@ -36,7 +36,7 @@ def lose(context: Context, snapshot_id: str, why: str) -> None:
     # First of all, so that nobody reads from it whatever comes.
     for image in snapshot.images:
         context.io.end(messages.EndImage(image.key))
-    context.waiting.discard(snapshot.id)
+    context.stop_waiting(snapshot.id)
     context.catalogue.put_snapshot(broken)
     if snapshot.phase is Phase.ACTIVE:
         context.emit("corrupted", snapshot=snapshot.id, device=naming.only_device(snapshot), error=why)
