@@ -18,7 +18,7 @@ from typing import Any
 from blksnap_ublk.cbt import History
 from blksnap_ublk.daemon import control, main
 from blksnap_ublk.keeper.runtime import RuntimePaths
-from blksnap_ublk.snapshot import adopting
+from blksnap_ublk.snapshot import adopting, attach, buffers
 from blksnap_ublk.snapshot.disks import Disks
 
 STEPS: list[tuple[Any, str]] = [
@@ -26,6 +26,8 @@ STEPS: list[tuple[Any, str]] = [
     (Disks, "start"),
     (Disks, "end_recovery"),
     (adopting, "hold_again"),
+    (attach, "open_at_io"),
+    (buffers, "tell_unstored"),
 ]
 
 

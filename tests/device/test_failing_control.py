@@ -18,13 +18,14 @@ from demo import blocks
 from tests import failing_control
 from tests.direct_io import write_at
 from tests.filtered import Filtered, filtered, granted_ways
-from tests.killing import kill_and_wait
+from tests.killing import answers, kill, kill_and_wait
 from tests.loop_devices import loop_device
 from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 SIZE = 8 * MIB
 UNIT = 4096
+NO_SPACE = "No space left on device"
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,51 @@ def test_images_are_served_while_the_control_process_cannot_have_their_storage(
             order.unlink()
     with daemon.client() as after:
         assert after.list_snapshots() == []
+
+
+def test_a_recovery_that_fails_as_a_whole_is_done_again(daemon: OwnDaemon, client: Client, folder: Path) -> None:
+    order = daemon.runtime / "fail"
+    with (
+        loop_device(folder / "disk", SIZE) as origin,
+        filtered(client, origin, granted_ways()[-1], folder) as device,
+    ):
+        snapshot = device.snapshot(folder)
+        image = snapshot.images[0].image
+        before = blocks.sha256(image, SIZE)
+        write([device], 1)
+        failures = daemon.log().count(NO_SPACE)
+        order.write_text("tell_unstored 1")
+        try:
+            kill(daemon, "io")
+            wait_until("it has failed again", lambda: daemon.log().count(NO_SPACE) > failures + 1)
+        finally:
+            order.unlink()
+        wait_until("the device is served", lambda: answers(daemon))
+        assert blocks.sha256(image, SIZE) == before
+        write([device], 2)
+        assert blocks.sha256(image, SIZE) == before
+        assert device.state_of(snapshot) == "active"
+
+
+def test_no_change_is_forgotten_because_a_device_is_refused(daemon: OwnDaemon, client: Client, folder: Path) -> None:
+    order = daemon.runtime / "fail"
+    with (
+        loop_device(folder / "disk", SIZE) as origin,
+        filtered(client, origin, granted_ways()[-1], folder) as device,
+    ):
+        first = device.snapshot(folder)
+        copy = device.copy()
+        device.destroy(first)
+        write([device], 1)
+        order.write_text("open_at_io 1")
+        try:
+            kill(daemon, "io")
+            wait_until("it was refused", lambda: "cannot be served again" in daemon.log())
+        finally:
+            order.unlink()
+        wait_until("the device is served", lambda: answers(daemon))
+        write([device], 2)
+        device.expect_increment(copy, first.images[0].cursor, device.snapshot(folder))
 
 
 def test_an_image_that_somebody_else_has_removed_can_be_destroyed(

@@ -165,7 +165,7 @@ class EventLog:
         for line in lines:
             try:
                 event = msgspec.json.decode(line, type=Event)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, UnicodeDecodeError):
                 continue
             if not self._events or event.seq > self._events[-1].seq:
                 self._events.append(event)

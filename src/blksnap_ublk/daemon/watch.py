@@ -37,6 +37,7 @@ class Watch:
         self._tried = time.monotonic()
         self._enders = ThreadPoolExecutor(ENDERS, thread_name_prefix="expiry")
         self._clearing: Future[None] | None = None
+        self._io_missed = False
         self._keeper_missed = False
         self._ends_at: dict[str, float] = {}
 
@@ -64,9 +65,12 @@ class Watch:
 
     def _look(self) -> None:
         if self._context.io.lost():
-            _log.error("the io process has gone")
-            self._context.io_died = time.monotonic()
+            if not self._io_missed:
+                self._io_missed = True
+                _log.error("the io process has gone")
+                self._context.io_died = time.monotonic()
             reconcile(self._context)
+            self._io_missed = False
             return
         self._look_for_keeper()
         soon = go_on(self._context)

@@ -33,11 +33,10 @@ def remember(directory: Path, files: Collection[PinnedFile]) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     writing = directory / (NAME + ".writing")
     descriptor = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        os.write(descriptor, msgspec.json.encode(wanted))
+    with open(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(wanted))
+        file.flush()
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     writing.rename(directory / NAME)
 
 

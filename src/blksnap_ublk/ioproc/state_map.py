@@ -9,12 +9,12 @@ from typing import Self
 
 
 def check_allocated(descriptor: int, least: int, what: str) -> int:
-    """Bytes of a file that has no holes. Raises OSError(EINVAL) for another, or one of less than `least`."""
+    """Bytes of a file that has no holes. Raises OSError(EBADMSG) for another, or one of less than `least`."""
     status = os.fstat(descriptor)
     if status.st_size < least:
-        raise OSError(errno.EINVAL, f"{what}: {status.st_size} bytes, {least} are needed")
+        raise OSError(errno.EBADMSG, f"{what}: {status.st_size} bytes, {least} are needed")
     if status.st_blocks * 512 < status.st_size:
-        raise OSError(errno.EINVAL, f"{what}: only {status.st_blocks * 512} of {status.st_size} bytes are allocated")
+        raise OSError(errno.EBADMSG, f"{what}: only {status.st_blocks * 512} of {status.st_size} bytes are allocated")
     return status.st_size
 
 
@@ -24,7 +24,7 @@ class StateMap:
     def __init__(self, descriptor: int, least: int, what: str) -> None:
         """`least`: bytes that are needed. The descriptor stays the caller's.
 
-        Raises OSError(EINVAL) for a file that is shorter or has holes: touching a hole of a full tmpfs would end the
+        Raises OSError(EBADMSG) for a file that is shorter or has holes: touching a hole of a full tmpfs would end the
         process.
         """
         size = check_allocated(descriptor, least, what)

@@ -7,6 +7,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from blksnap_ublk.engine import BUFFERS_BYTES, Storing, Sweep, Thread
 from blksnap_ublk.ioproc import messages
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 SLICE = 0.01
 STORE_LIMIT = 30.0
 """Seconds for storages to take what was not stored, as for any copy."""
-END_AGAIN = 1.0
+AGAIN = 1.0
+STOP_LIMIT_MS = 100  # other messages wait meanwhile
 
 
 class Sweeping:
@@ -106,12 +108,20 @@ class Sweeping:
             if error:
                 self._lose(storage, error)
         self._end_storing()
-        self._sweep = Sweep(
-            self._map_memory.arena,
-            [each.storage for each in self._storages.adopted()],
-            [each.image for each in self._images.unswept()],
-            lost=self._lost,
-        )
+        self._begin_sweep()
+
+    def _begin_sweep(self) -> None:
+        try:
+            self._sweep = Sweep(
+                self._map_memory.arena,
+                [each.storage for each in self._storages.adopted()],
+                [each.image for each in self._images.unswept()],
+                lost=self._lost,
+            )
+        except OSError as error:
+            log.error("what the former io process left cannot be checked yet: %s", error)
+            self._loop.later(AGAIN, self._begin_sweep)
+            return
         self._go_on()
 
     def end_quarantine(self) -> None:
@@ -130,15 +140,16 @@ class Sweeping:
             else:
                 storing.close()
         self._storing = late
-        if late:
-            self._loop.later(END_AGAIN, self._end_storing)
+        if not late and self._thread is not None:
+            with suppress(TimeoutError):
+                self._thread.stop(timeout_ms=STOP_LIMIT_MS)
+                self._thread = None
+        if late or self._thread is not None:
+            self._loop.later(AGAIN, self._end_storing)
             return
         for buffers in self._unstored:
             buffers.close()
         self._unstored = []
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
 
     def _go_on(self) -> None:
         assert self._sweep is not None

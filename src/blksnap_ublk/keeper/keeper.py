@@ -8,11 +8,12 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -456,8 +457,7 @@ class Keeper:
             RingLocks(self._paths.state).remove_free()
             self._living.remove()
             self._paths.layout.unlink(missing_ok=True)
-            with suppress(FileNotFoundError):
-                self._paths.roles.rmdir()
+            shutil.rmtree(self._paths.roles, ignore_errors=True)  # a half-made file may be in it
             if self._mount:
                 self._mount.remove()
             else:

@@ -162,9 +162,9 @@ class Process:
         self._tell_exit(status)
 
     def _look(self) -> None:
-        if self.member.alive:
-            self._look_timer = self._loop.later(_LOOK, self._look)
-        else:
+        self._look_timer = self._loop.later(_LOOK, self._look)
+        if not self.member.alive:
+            self._look_timer.cancel()
             self._tell_exit(None)
 
     def _tell_exit(self, status: int | None) -> None:

@@ -45,16 +45,23 @@ class KeeperWatch:
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            keeper = self._keeper()
-            if keeper is not None:
-                _wait_for_end(keeper)
-                continue
-            # Another keeper becomes known as soon as it has adopted this process.
-            end = time.monotonic() + self.patience
-            while self._keeper() is None and time.monotonic() < end and not self._ending.wait(_LOOK):
-                pass
-            if self._keeper() is None and not self._ending.is_set():
-                self._start_another()
+            try:
+                self._watch()
+            except OSError as error:
+                log.error("looking for the keeper: %s", error)
+                self._ending.wait(_AGAIN)
+
+    def _watch(self) -> None:
+        keeper = self._keeper()
+        if keeper is not None:
+            _wait_for_end(keeper)
+            return
+        # Another keeper becomes known as soon as it has adopted this process.
+        end = time.monotonic() + self.patience
+        while self._keeper() is None and time.monotonic() < end and not self._ending.wait(_LOOK):
+            pass
+        if self._keeper() is None and not self._ending.is_set():
+            self._start_another()
 
     def outlast(self) -> None:
         """For one that cannot serve: returns when a keeper lives, which will start another one in its place."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import msgspec
 
@@ -48,24 +48,18 @@ def serve(context: Context, message: messages.ServeDevice) -> None:
         context.buffers.discard(name)
 
 
-def tell_unstored(context: Context, inventory: messages.Inventory) -> None:
+def tell_unstored(context: Context) -> None:
     """Before the sweep: the io process gets those that others have left. What it does not get, or what was damaged,
     is not stored: checksums tell where it lacks.
 
     Raises IoRefused(EALREADY) where it has them already, Failed, OSError.
     """
-    used = _in_use(inventory)
-    # One that is not whole no io process ever had: whoever made it has died meanwhile.
-    left = [name for name in _all(context) if name not in used and _is_whole(context, name)]
+    left, _ = _unused(context)
     for first in range(0, len(left), _AT_ONCE):
-        part = left[first : first + _AT_ONCE]
         with ExitStack() as closing:
-            descriptors = []
-            for name in part:
-                descriptors.append(context.state.open(name))
-                closing.callback(os.close, descriptors[-1])
+            opened = _opened(context, left[first : first + _AT_ONCE], closing)
             try:
-                context.io.call(messages.Unstored(part), descriptors)
+                context.io.call(messages.Unstored(list(opened)), list(opened.values()))
             except IoRefused as error:
                 if error.errno == errno.EALREADY:
                     raise
@@ -74,26 +68,36 @@ def tell_unstored(context: Context, inventory: messages.Inventory) -> None:
 
 def remove_unused(context: Context) -> None:
     """Those that no io process has any more, when nothing has to be stored. Raises Failed."""
-    # In this order: what is there was being handed over then, or is known to the io process now.
-    names = _all(context)
-    begun = set(context.buffers)
-    inventory = context.io.inventory()
+    names, inventory = _unused(context)
     if inventory.swept:
-        for name in set(names) - begun - _in_use(inventory):
+        for name in names:
             context.state.remove(name)
 
 
-def _is_whole(context: Context, name: str) -> bool:
-    status = context.state.path(name).stat()
-    return status.st_size >= BUFFERS_BYTES and status.st_blocks * 512 >= status.st_size
+def _opened(context: Context, names: list[str], closing: ExitStack) -> dict[str, int]:
+    """Those that are whole. Any other one no io process ever had: whoever made it has died meanwhile."""
+    found = {}
+    for name in names:
+        with suppress(FileNotFoundError):  # it was not to be used after all
+            descriptor = context.state.open(name)
+            closing.callback(os.close, descriptor)
+            status = os.fstat(descriptor)
+            if status.st_size >= BUFFERS_BYTES and status.st_blocks * 512 >= status.st_size:
+                found[name] = descriptor
+    return found
 
 
 def _all(context: Context) -> list[str]:
     return [name for name in context.state.names() if name.startswith(_PREFIX)]
 
 
-def _in_use(inventory: messages.Inventory) -> set[str]:
-    return {report.buffers for report in inventory.devices if report.buffers}
+def _unused(context: Context) -> tuple[list[str], messages.Inventory]:
+    """Those that neither the io process has nor anybody is about to give it."""
+    # In this order: what is there was being handed over then, or is known to the io process now.
+    names = _all(context)
+    begun = set(context.buffers)
+    inventory = context.io.inventory()
+    return sorted(set(names) - begun - {report.buffers for report in inventory.devices}), inventory
 
 
 def _unused_name(context: Context, device: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from uuid import UUID
 
 from blksnap_ublk.cbt import History
 from blksnap_ublk.forms import DeviceState
@@ -109,6 +110,8 @@ class Context:
     """Keys of the storages whose descriptors this process holds."""
     histories: dict[str, History] = field(default_factory=dict)
     """By device key."""
+    ended_histories: dict[str, tuple[int, UUID]] = field(default_factory=dict)
+    """By device key: number and generation of a history which is to be begun again, where that has failed so far."""
     conditions: dict[str, DeviceState] = field(default_factory=dict)
     """By device key; a device that is not in it is live."""
     unsettled: set[str] = field(default_factory=set)
@@ -125,6 +128,8 @@ class Context:
     """When the io process before that of now was found dead, of the monotonic clock; None where nobody saw it."""
     sweeping: bool = False
     """The io process checks what a dead one left; until it has ended no image of that is served or dropped."""
+    untold: list[int] | None = None
+    """It has not begun with that, because it was not told which serials are lost: these."""
     making: set[str] = field(default_factory=set)
     """Keys of storages that are being opened for snapshots that are not in the catalogue yet."""
     buffers: set[str] = field(default_factory=set)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from blksnap_ublk.errors import Failed
 from blksnap_ublk.ioproc import messages
+from blksnap_ublk.ioproc.client import IoRefused
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.state_files import PORTION_BYTES
 
@@ -71,14 +72,15 @@ def remove_unused(context: Context) -> None:
 
 def _give(context: Context, given: list[str]) -> None:
     name = next(name for n in range(len(given) + 1) if (name := name_of(n)) not in given)
-    with ExitStack() as undo:
-        undo.callback(context.state.remove, name)
-        descriptor = context.state.create(name, PORTION_BYTES)
-        try:
-            context.io.call(messages.AddMapMemory([name]), [descriptor])
-        finally:
-            os.close(descriptor)
-        undo.pop_all()
+    descriptor = context.state.create(name, PORTION_BYTES)
+    try:
+        context.io.call(messages.AddMapMemory([name]), [descriptor])
+    except IoRefused:
+        # Without an answer it may have taken it.
+        context.state.remove(name)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _room(context: Context) -> bool:

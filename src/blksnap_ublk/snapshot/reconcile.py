@@ -34,13 +34,15 @@ _log = logging.getLogger(__name__)
 def reconcile(context: Context) -> None:
     """Connects to the io process and puts everything right that can be; failures are logged. Raises Failed without one.
 
-    Waits for operations under way on any device, and lets none begin on those that it knows.
+    Waits for operations under way on any device, and lets none begin on those that it knows. Where it fails as a whole
+    nobody reaches the io process, which lacks what was left, until it is called again.
     """
     while True:
         try:
             _reconcile(context)
-        except (BlksnapError, OSError) as error:
-            if not context.io.pid or not context.io.lost():
+        except Exception as error:
+            if not isinstance(error, BlksnapError | OSError) or not context.io.pid or not context.io.lost():
+                context.io.close()
                 raise
             _log.error("the io process has died during recovery: %s", error)
         if not context.io.lost():
@@ -161,8 +163,9 @@ def _kept(context: Context, device: DeviceEntry, inventory: messages.Inventory) 
 def _restore_snapshot(context: Context, snapshot: SnapshotEntry) -> None:
     """One that lives: its storage is held by this process too, and its images are served as soon as they can be."""
     context.state.remove(naming.commit_name(snapshot.id))
-    if not images.all_served(context, snapshot, context.io.inventory()):
-        context.waiting.add(snapshot.id)
+    context.waiting.add(snapshot.id)
+    if images.all_served(context, snapshot, context.io.inventory()):
+        context.stop_waiting(snapshot.id)
     storage = storages.of(context, snapshot)
     try:
         adopting.adopt(context, storage)
@@ -191,4 +194,6 @@ def _guarded(subject: str, function: Callable[..., Result], *arguments: object) 
         return function(*arguments)
     except (BlksnapError, HistoryError, OSError) as error:
         _log.error("%s: %s", subject, error)
-        return None
+    except Exception:
+        _log.exception("%s: unexpected error; going on", subject)
+    return None

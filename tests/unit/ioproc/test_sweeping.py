@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""A sweep that cannot begin for want of a thread has changed nothing, and begins when it is told again."""
+"""A sweep that cannot begin: told again where it has changed nothing, begun again by itself otherwise."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from blksnap_ublk import engine
-from blksnap_ublk.ioproc import messages
+from blksnap_ublk.ioproc import messages, sweeping
 from blksnap_ublk.ioproc.devices import Devices
 from blksnap_ublk.ioproc.image_threads import ImageThreads
 from blksnap_ublk.ioproc.images import Images
@@ -40,11 +40,29 @@ def left() -> Iterator[tuple[int, int]]:
         yield found[0], found[1]
 
 
+class Former:
+    """An io process' sweeping of what a former one left; it has ended when `run` returns."""
+
+    def __init__(self, left: tuple[int, int], start_thread: Callable[[], engine.Thread]) -> None:
+        self._loop = Loop()
+        files = SharedFiles()
+        devices, self._storages = Devices(files, lock_fd=-1, io_flusher=False), Storages(files)
+        self._map_memory = MapMemory()
+        images = Images(devices, self._storages, self._map_memory, ImageThreads(lock_fd=-1, io_flusher=False))
+        self.sweeping = Sweeping(self._loop, self._storages, images, self._map_memory, self._loop.stop, start_thread)
+        state, buffers = left
+        self._storages.open(messages.OpenStorage(KEY, 4096, adopt=True), Descriptors([os.dup(state)]))
+        self.sweeping.add_unstored(messages.Unstored(["left"]), Descriptors([os.dup(buffers)]))
+
+    def run(self) -> None:
+        self._loop.run()
+        assert self.sweeping.swept
+        self._storages.close(messages.CloseStorage(KEY))
+        self._map_memory.close()
+        self._loop.close()
+
+
 def test_it_may_be_told_again(left: tuple[int, int]) -> None:
-    loop, done = Loop(), threading.Event()
-    files = SharedFiles()
-    devices, storages, map_memory = Devices(files, lock_fd=-1, io_flusher=False), Storages(files), MapMemory()
-    images = Images(devices, storages, map_memory, ImageThreads(lock_fd=-1, io_flusher=False))
     started = []
 
     def start_thread() -> engine.Thread:
@@ -53,23 +71,28 @@ def test_it_may_be_told_again(left: tuple[int, int]) -> None:
             raise OSError(errno.ENOMEM, "no thread")
         return engine.Thread()
 
-    def end() -> None:
-        done.set()
-        loop.stop()
-
-    sweeping = Sweeping(loop, storages, images, map_memory, end, start_thread)
-    state, buffers = left
-    storages.open(messages.OpenStorage(KEY, 4096, adopt=True), Descriptors([os.dup(state)]))
-    sweeping.add_unstored(messages.Unstored(["left"]), Descriptors([os.dup(buffers)]))
+    former = Former(left, start_thread)
     with pytest.raises(OSError, match="no thread"):
-        sweeping.begin(messages.Sweep([]))
-    assert not sweeping.swept
-    sweeping.begin(messages.Sweep([]))
+        former.sweeping.begin(messages.Sweep([]))
+    assert not former.sweeping.swept
+    former.sweeping.begin(messages.Sweep([]))
     with pytest.raises(OSError, match="has been swept, or is about to be"):
-        sweeping.begin(messages.Sweep([]))
-    loop.run()
-    assert done.is_set()
-    assert sweeping.swept
-    storages.close(messages.CloseStorage(KEY))
-    map_memory.close()
-    loop.close()
+        former.sweeping.begin(messages.Sweep([]))
+    former.run()
+
+
+def test_a_check_that_cannot_begin_is_begun_again(left: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def begun(*arguments: Any, **named: Any) -> engine.Sweep:
+        tried.append(True)
+        if len(tried) == 1:
+            raise OSError(errno.ENOMEM, "no memory")
+        return engine.Sweep(*arguments, **named)
+
+    monkeypatch.setattr(sweeping, "Sweep", begun)
+    monkeypatch.setattr(sweeping, "AGAIN", 0.01)
+    former = Former(left, engine.Thread)
+    former.sweeping.begin(messages.Sweep([]))
+    former.run()
+    assert len(tried) == 2

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -119,7 +120,7 @@ def _open(context: Context, device: DeviceEntry, patience: float, *, quiet: bool
 
 
 def _open_at_io(context: Context, device: DeviceEntry, origin: int) -> None:
-    """No state of it, whatever has become of that, keeps an origin from being served."""
+    """No state of it, whatever has become of that, keeps an origin from being served. Raises as its steps do."""
     try:
         if device.key not in context.histories:
             raise HistoryError("there is no change history")
@@ -128,11 +129,16 @@ def _open_at_io(context: Context, device: DeviceEntry, origin: int) -> None:
         histories.ensure_swallowed(context, device)
         attach.open_at_io(context, device, origin)
     except (HistoryError, OSError) as error:
-        if context.io.lost() or isinstance(error, TimeoutError):
-            raise
+        if not _tells_of_damage(error):
+            raise  # it passes, and is no reason to forget all changes
         _log.error("%s: its state cannot be used: %s", device.origin, error)
         histories.begin_again(context, device, histories.DAMAGED)
         attach.open_at_io(context, device, origin)
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Of a state file: it is not there, or not what it should be."""
+    return isinstance(error, HistoryError | FileNotFoundError) or getattr(error, "errno", None) == errno.EBADMSG
 
 
 def _claimed_origin(context: Context, device: DeviceEntry, patience: float) -> int:

@@ -8,6 +8,7 @@ import os
 import struct
 
 from blksnap_ublk.cbt import History, HistoryDamaged, HistoryError
+from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.snapshot import naming, taking
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, ImageEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
@@ -62,8 +63,11 @@ def begin_again(context: Context, device: DeviceEntry, reason: str) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
     taken = [image for snapshot in context.catalogue.snapshots() for image in _taken(context, snapshot, device.key)]
     numbers = {image.change_number for image in taken}
-    former = context.histories.get(device.key)
-    last = max(numbers | {former.number if former is not None else 0})
+    if (former := context.histories.pop(device.key, None)) is not None:
+        context.ended_histories[device.key] = (former.number, former.generation)
+    del former  # with its mapping, which takes the room that the next one needs
+    number, generation = context.ended_histories.get(device.key, (0, None))
+    last = max(numbers | {number})
     context.histories[device.key] = History.create(
         directory,
         device.size,
@@ -71,8 +75,9 @@ def begin_again(context: Context, device: DeviceEntry, reason: str) -> None:
         number=last,
         held=numbers,
         reason=reason,
-        former=None if former is None else (former.generation, reason),
+        former=None if generation is None else (generation, reason),
     )
+    context.ended_histories.pop(device.key, None)
     os.close(context.state.create(swallowed_name(device), swallowed_bytes(device.size, device.tracking_block)))
     _log.error("%s: everything counts as changed (%s)", device.origin, reason)
 
@@ -81,7 +86,7 @@ def try_fresh(context: Context, device: DeviceEntry, reason: str) -> bool:
     """`begin_again`; False, and a log line, where that fails."""
     try:
         begin_again(context, device, reason)
-    except (OSError, HistoryError, ValueError, struct.error) as error:
+    except (BlksnapError, OSError, HistoryError, ValueError, struct.error) as error:
         _log.error("%s: no change history can be begun: %s", device.origin, error)
         return False
     return True

@@ -83,6 +83,7 @@ def serve(context: Context, snapshot_id: str) -> None:
         if not context.io.lost():
             _refused(context, snapshot_id, error)
         return
+    context.refused.pop(snapshot_id, None)
     if all(done):
         context.stop_waiting(snapshot_id)
         context.emit("recovered", snapshot=snapshot_id, device=naming.only_device(snapshot))

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import time
+from contextlib import suppress
 
 from blksnap_ublk.ioproc import messages
 from blksnap_ublk.ioproc.client import IoRefused
@@ -12,23 +14,26 @@ from blksnap_ublk.snapshot import buffers, releasing
 from blksnap_ublk.snapshot.catalogue import SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 
+_log = logging.getLogger(__name__)
+
 
 def begin(context: Context, snapshots: list[SnapshotEntry]) -> None:
-    """Tells the io process that all that was left is adopted, or lost. Repeatable. Raises IoRefused, Failed."""
+    """Tells the io process that all that was left is adopted, or lost; where it refuses, `look` tells it again.
+
+    Repeatable. Raises IoRefused, Failed.
+    """
     context.quarantine = True
     inventory = context.io.inventory()
     context.sweeping = not inventory.swept
+    context.untold = None
     if not context.sweeping:
         return
     there = {report.image for report in inventory.images}
-    lost = {image.serial for entry in snapshots for image in entry.images if image.key not in there}
+    context.untold = sorted({image.serial for entry in snapshots for image in entry.images if image.key not in there})
     try:
-        buffers.tell_unstored(context, inventory)
-        context.io.call(messages.Sweep(sorted(lost)))
+        _tell(context, context.untold)
     except IoRefused as error:
-        # Another control process has told it, and died.
-        if error.errno != errno.EALREADY:
-            raise
+        _log.error("what was left cannot be checked yet, which is tried again: %s", error)
 
 
 def wait(context: Context, seconds: float) -> None:
@@ -46,7 +51,21 @@ def wait(context: Context, seconds: float) -> None:
 
 def look(context: Context) -> None:
     """To be called again and again. Raises IoRefused, Failed, OSError."""
+    if context.sweeping and context.untold is not None:
+        with suppress(IoRefused):
+            _tell(context, context.untold)
     wait(context, 0)
     if context.quarantine and releasing.late_writes_end(context, 0):
         context.io.call(messages.EndQuarantine())
         context.quarantine = False
+
+
+def _tell(context: Context, lost: list[int]) -> None:
+    try:
+        buffers.tell_unstored(context)
+        context.io.call(messages.Sweep(lost))
+    except IoRefused as error:
+        # Another control process has told it, and died.
+        if error.errno != errno.EALREADY:
+            raise
+    context.untold = None
