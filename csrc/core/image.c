@@ -128,6 +128,7 @@ struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_
 	check_status(image);
 	image->least_preserved = atomic_load(&image->state->preserved);
 	image->least_written = atomic_load(&image->state->written);
+	image->least_exempt = atomic_load(&image->state->exempt);
 	atomic_store(&image->before, before);
 	atomic_store(&image->after, after);
 	*err = bsu_map_adopt(&image->map, heirs(image));
@@ -144,12 +145,17 @@ struct bsu_image *bsu_image_adopt(const struct bsu_image_config *config, uint64_
 int bsu_image_exempt(struct bsu_image *image, uint64_t start, uint64_t length)
 {
 	const struct bsu_device *dev = image->dev;
+	_Atomic uint32_t *exempt = &image->state->exempt;
+	uint64_t filled = 0;
+	int ret;
 
 	if (start >= image->size || !length || length > image->size - start || (start | length) & (dev->unit - 1) ||
 	    atomic_load(&image->taken))
 		return -EINVAL;
-	return bsu_map_fill_zero(&image->map, start >> dev->unit_shift,
-				 (length >> dev->unit_shift) - MUTANT(BSU_MUTANT_EXEMPT_LESS));
+	ret = bsu_map_fill_zero(&image->map, start >> dev->unit_shift,
+				(length >> dev->unit_shift) - MUTANT(BSU_MUTANT_EXEMPT_LESS), &filled);
+	atomic_store(exempt, (uint32_t)min_u64(UINT32_MAX, atomic_load(exempt) + filled));
+	return ret;
 }
 
 bool bsu_image_idle(const struct bsu_image *image)

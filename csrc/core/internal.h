@@ -109,7 +109,7 @@ uint64_t bsu_map_absent(const struct bsu_map *map, uint64_t unit);
 /* Makes the leaves for [first, first+count) exist; -ENOMEM when map memory is used up. */
 int bsu_map_reserve(struct bsu_map *map, uint64_t first, uint64_t count);
 /* The same, and zeroes where nothing is published yet. For a map that nobody uses. */
-int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count);
+int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count, uint64_t *filled);
 void bsu_map_publish(struct bsu_map *map, uint64_t unit, uint32_t slot);
 /* The same unless something is published there. */
 bool bsu_map_publish_first(struct bsu_map *map, uint64_t unit, uint32_t slot);
@@ -219,8 +219,10 @@ struct bsu_image {
 	_Atomic(_Atomic uint64_t *) after;
 	uint64_t size;
 	uint64_t released;		/* directory entries given back */
-	uint64_t least_preserved;	/* units that a former process had in its maps */
+	/* Units that a former process had in its maps. */
+	uint64_t least_preserved;
 	uint64_t least_written;
+	uint64_t least_exempt;
 	_Atomic bool taken;
 	_Atomic int queues;		/* one at most */
 	_Atomic int users;		/* queues, and I/O in flight that may use its map */

@@ -120,7 +120,7 @@ bool bsu_map_replace(struct bsu_map *map, uint64_t unit, uint32_t old, uint32_t 
 	return atomic_compare_exchange_strong(&leaf->slot[unit % BSU_LEAF_UNITS], &old, slot);
 }
 
-int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count)
+int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count, uint64_t *filled)
 {
 	uint64_t end = first + count, stop;
 
@@ -132,14 +132,15 @@ int bsu_map_fill_zero(struct bsu_map *map, uint64_t first, uint64_t count)
 			return -ENOMEM;
 		if (stop - unit == BSU_LEAF_UNITS && !atomic_load_explicit(leaf, memory_order_relaxed)) {
 			atomic_store_explicit(leaf, BSU_LEAF_ZERO, memory_order_release);
+			*filled += BSU_LEAF_UNITS;
 			continue;
 		}
 		if (reserve_leaf(map, unit))
 			return -ENOMEM;
 		if (atomic_load_explicit(leaf, memory_order_relaxed) == BSU_LEAF_ZERO)
 			continue;
-		while (unit < stop)
-			bsu_map_publish(map, unit++, BSU_SLOT_ZERO);
+		for (; unit < stop; unit++)
+			*filled += bsu_map_publish_first(map, unit, BSU_SLOT_ZERO);
 	}
 	return 0;
 }

@@ -112,7 +112,7 @@ struct bsu_image_state {
 	uint64_t directory_entries;
 	_Atomic uint64_t written;	/* units that were written to the image itself */
 	_Atomic uint32_t releasing;	/* directory entry plus one, the places of which are being given back; 0: none yet */
-	uint32_t pad;
+	_Atomic uint32_t exempt;	/* units, or more than that counts */
 	/*
 	 * From BSU_IMAGE_HEADER on: _Atomic uint32_t directory[] of the map of what
 	 * was preserved, then that of the map of what was written to the image.

@@ -37,6 +37,7 @@ struct bsu_sweep {
 	bool written;		/* which of its maps */
 	uint64_t entry;		/* directory entry, or area */
 	uint64_t found;		/* slots of that map */
+	uint64_t exempt;	/* those of them that are */
 	uint32_t place;		/* of the area; or page */
 };
 
@@ -214,46 +215,48 @@ static void check_slot(const struct bsu_sweep *sweep, struct bsu_image *image, b
 	atomic_store(where, BSU_SLOT_BAD);
 }
 
-static uint64_t check_leaf(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t unit, struct bsu_leaf *leaf)
+static void check_leaf(struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t unit, struct bsu_leaf *leaf)
 {
-	uint64_t found = 0;
-
 	for (unsigned int i = 0; i < BSU_LEAF_UNITS; i++) {
 		uint32_t slot = atomic_load_explicit(&leaf->slot[i], memory_order_relaxed);
 
 		check_slot(sweep, image, written, unit + i, &leaf->slot[i]);
-		found += slot != BSU_SLOT_EMPTY && (written || slot != BSU_SLOT_ZERO);
+		if (slot == BSU_SLOT_ZERO && !written)
+			sweep->exempt++;
+		else
+			sweep->found += slot != BSU_SLOT_EMPTY;
 	}
-	return found;
 }
 
-/* Returns how many slots there are, but for what is exempt. */
-static uint64_t check_table(const struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t entry)
+static void check_table(struct bsu_sweep *sweep, struct bsu_image *image, bool written, uint64_t entry)
 {
 	const struct bsu_map *map = written ? &image->written : &image->map;
 	uint32_t index = atomic_load_explicit(&map->directory[entry], memory_order_acquire);
 	struct bsu_table *table;
-	uint64_t found = 0;
 
 	/* What two maps have in common has been gone through with the older one. */
 	if (!bsu_arena_is_adopted_table(map->arena, index) || bsu_arena_use_table(map->arena, index))
-		return 0;
+		return;
 	table = bsu_arena_table(map->arena, index);
 	for (unsigned int at = 0; at < BSU_TABLE_LEAVES; at++) {
 		uint32_t leaf = atomic_load_explicit(&table->leaf[at], memory_order_acquire);
 		uint64_t unit = (entry * BSU_TABLE_LEAVES + at) * BSU_LEAF_UNITS;
 
-		if (bsu_arena_is_adopted_leaf(map->arena, leaf) && !bsu_arena_use_leaf(map->arena, leaf))
-			found += check_leaf(sweep, image, written, unit, bsu_arena_leaf(map->arena, leaf));
+		if (leaf == BSU_LEAF_ZERO)
+			sweep->exempt += BSU_LEAF_UNITS;
+		else if (bsu_arena_is_adopted_leaf(map->arena, leaf) && !bsu_arena_use_leaf(map->arena, leaf))
+			check_leaf(sweep, image, written, unit, bsu_arena_leaf(map->arena, leaf));
 	}
-	return found;
 }
 
 /* Zeroes and what could not be read have no records: that they are all there is known by their number. */
-static void check_number(struct bsu_image *image, bool written, uint64_t found)
+static void check_number(const struct bsu_sweep *sweep, struct bsu_image *image)
 {
+	bool written = sweep->written;
+
 	if (bsu_image_status(image, NULL) != BSU_IMAGE_ACTIVE ||
-	    found >= (written ? image->least_written : image->least_preserved))
+	    (sweep->found >= (written ? image->least_written : image->least_preserved) &&
+	     (written || sweep->exempt >= image->least_exempt)))
 		return;
 	if (written)
 		bsu_image_break(image, BSU_IMAGE_CORRUPTED, EBADMSG);
@@ -272,11 +275,11 @@ static void step_slots(struct bsu_sweep *sweep)
 		return;
 	}
 	image = sweep->image[sweep->at];
-	sweep->found += check_table(sweep, image, sweep->written, sweep->entry);
+	check_table(sweep, image, sweep->written, sweep->entry);
 	if (++sweep->entry < image->map.entries)
 		return;
-	check_number(image, sweep->written, sweep->found);
-	sweep->found = 0;
+	check_number(sweep, image);
+	sweep->found = sweep->exempt = 0;
 	sweep->entry = 0;
 	sweep->at += sweep->written;
 	sweep->written = !sweep->written;

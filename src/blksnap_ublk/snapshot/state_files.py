@@ -29,7 +29,7 @@ _VERSION = 4
 # magic, version, unit, areas, high_water, capacity, used, full, waiting, pad; then what is used of each area
 _STORAGE = struct.Struct("<IIIIQQQII16x")
 _AREAS_MAX = 4096
-# magic, version, size, unit, serial, status, error, preserved, directory_entries, written
+# magic, version, size, unit, serial, status, error, preserved, directory_entries, written, releasing, exempt
 _IMAGE = struct.Struct("<IIQIIIiQQQII")
 IMAGE_HEADER = 4096
 """Bytes before the maps in an image state file."""

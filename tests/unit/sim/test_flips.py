@@ -195,6 +195,31 @@ def test_zeroes_that_were_lost() -> None:
     assert statuses(world) == [ACTIVE, SPOILT]
 
 
+@pytest.mark.parametrize("lost", ["slot", "leaf"])
+def test_exempt_units_that_were_lost(lost: str) -> None:
+    """So are these: an image would show the difference storage that lies there."""
+    world = World(Shape(unit=512, units=140, odd_sectors=0))
+    for _ in range(2):
+        world.close_gate(0)
+        assert world.take([0], 0, [(64, 66)])
+        world.open_gate(0)
+        world.change(0, Op.WRITE, 0, 4)
+        complete_all(world)
+
+    def flip(world: World) -> None:
+        words = world.portions[0].view("<u4")
+        table = int(world.held[1].state[4096:].view("<u4")[0]) - 1
+        leaf = int(words[1024 * table + 2]) - 1
+        if lost == "leaf":
+            words[1024 * table + 1] = 0
+        else:
+            words[64 * leaf] = 0
+
+    die(world, [], None, flip)
+    recover(world)
+    assert statuses(world) == [SPOILT, SPOILT]
+
+
 @pytest.mark.parametrize(("status", "error"), [(3, 0), (1, errno.EIO), (7, 0), (0, 0)])
 def test_a_status_that_cannot_be(status: int, error: int) -> None:
     world = two_images()
