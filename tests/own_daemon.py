@@ -18,6 +18,7 @@ from blksnap_ublk.client import Client, connect
 from blksnap_ublk.keeper.processes import Record, read_processes
 from tests.loop_devices import loop_device
 
+PROGRAM = ("-m", "blksnap_ublk.daemon.main")
 PATIENCE = 120.0
 """Seconds for what takes a moment on a fast machine."""
 
@@ -55,7 +56,7 @@ class OwnDaemon:
         """Who they are now, as far as the keeper has written it down."""
         return read_processes(self.runtime / "state" / "processes")
 
-    def start(self, program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> None:
+    def start(self, program: Sequence[str] = PROGRAM) -> None:
         """Returns when it serves. `program`: what Python is to run."""
         subprocess.run([sys.executable, *program], env=self.environment, check=True)
 
@@ -106,7 +107,7 @@ def disks(size: int) -> Iterator[Disks]:
 
 
 @contextmanager
-def own_daemon(program: Sequence[str] = ("-m", "blksnap_ublk.daemon.main")) -> Iterator[OwnDaemon]:
+def own_daemon(program: Sequence[str] = PROGRAM) -> Iterator[OwnDaemon]:
     """A daemon that is running. At the end it removes what is left, and must leave nothing.
 
     `program`: what Python is to run to start it.
