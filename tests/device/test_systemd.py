@@ -153,3 +153,21 @@ def test_an_unnamed_storage_outlives_the_death_of_all(service: tuple[Manager, Ow
         assert done.returncode == 0, done.stderr
         done = daemon.cli("detach", device)
         assert done.returncode == 0, done.stderr
+
+
+def test_what_the_manager_keeps_is_in_nobodys_way(service: tuple[Manager, OwnDaemon], folder: Path) -> None:
+    """It holds the descriptors of origins and storages, and lets go of them some time after they were dropped."""
+    _, daemon = service
+    storage = folder / "storage"
+    storage.write_bytes(bytes(8 * MIB))
+    with disks(16 * MIB) as disk:
+        for _ in range(4):
+            done = daemon.cli("attach", disk.origin)
+            assert (done.returncode, done.stderr) == (0, "")  # neither a stranger nor changes that are unknown
+            device = done.stdout.strip()
+            made = daemon.cli("snapshot", "create", device, "--storage", str(storage))
+            assert made.returncode == 0, made.stderr
+            done = daemon.cli("snapshot", "destroy", made.stdout.strip())
+            assert done.returncode == 0, done.stderr
+            done = daemon.cli("detach", device)
+            assert done.returncode == 0, done.stderr

@@ -32,7 +32,8 @@ DEFAULT_UNIT = 4 << 10
 TRACKING_BLOCKS = (4 << 10, 64 << 20)
 UNITS = (512, 64 << 10)
 
-_PASSING = ("systemd-udevd", "(udev-worker)")  # open devices for a moment, to read
+# They open devices for a moment, to read; and systemd holds what the keeper gives it to keep.
+_HARMLESS = ("systemd-udevd", "(udev-worker)", "systemd")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+-]{0,63}")
 # Directories below /dev/blksnap: that of the origins, and one for each snapshot.
 _TAKEN_NAME = re.compile(r"origins|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -165,7 +166,7 @@ def _other_openers(origin: BlockDevice) -> list[str]:
         f"{opener} has {opener.node} open; what it writes there passes the filter by: end it, or let it use the "
         "filtered device"
         for opener in found
-        if opener.command not in _PASSING
+        if opener.command not in _HARMLESS
     ]
 
 
