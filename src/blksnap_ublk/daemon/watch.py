@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 
 from blksnap_ublk.errors import BlksnapError, NotFound
 from blksnap_ublk.snapshot import broken, destroy, lifetime, map_memory, naming
@@ -93,9 +92,13 @@ class Watch:
         if not self._keeper_missed:
             self._keeper_missed = True
             _log.error("the keeper has gone")
-        with suppress(ConnectionError):
+        try:
             keep_again(self._context)
             self._keeper_missed = False
+        except ConnectionError:
+            pass
+        except OSError as error:
+            _log.error("the keeper: %s", error)
 
     def _clear_away(self) -> None:
         try:

@@ -45,7 +45,7 @@ class Sweeping:
         self._images = images
         self._map_memory = map_memory
         self._done = done
-        self._unstored: list[StateMap] = []
+        self._unstored: dict[str, StateMap] = {}
         self._storing: list[tuple[DifferenceStorage, Storing]] | None = None
         self._thread: Thread | None = None
         self._store_until = 0.0
@@ -60,11 +60,12 @@ class Sweeping:
         return self._ended or not (self._map_memory.adopted or self._images.unswept() or self._storages.adopted())
 
     def add_unstored(self, message: messages.Unstored, descriptors: Descriptors) -> None:
-        """Raises OSError; EALREADY after `begin`, EINVAL for files that are too short."""
+        """What it has already is passed over. Raises OSError; EALREADY after `begin`, EBADMSG for short files."""
         self._refuse_begun()
         expect(descriptors, len(message.buffers), message)
         for index, name in enumerate(message.buffers):
-            self._unstored.append(StateMap(descriptors[index], BUFFERS_BYTES, f"buffers {name}"))
+            if name not in self._unstored:
+                self._unstored[name] = StateMap(descriptors[index], BUFFERS_BYTES, f"buffers {name}")
 
     def begin(self, message: messages.Sweep) -> None:
         """Raises OSError; EALREADY for a second one."""
@@ -81,7 +82,7 @@ class Sweeping:
     def _begin_storing(self, storage: DifferenceStorage) -> list[tuple[DifferenceStorage, Storing]]:
         begun: list[tuple[DifferenceStorage, Storing]] = []
         try:
-            for buffers in self._unstored:
+            for buffers in self._unstored.values():
                 assert self._thread is not None
                 begun.append((storage, Storing(self._thread, storage.storage, buffers.memory)))
         except OSError as error:
@@ -147,9 +148,9 @@ class Sweeping:
         if late or self._thread is not None:
             self._loop.later(AGAIN, self._end_storing)
             return
-        for buffers in self._unstored:
+        for buffers in self._unstored.values():
             buffers.close()
-        self._unstored = []
+        self._unstored = {}
 
     def _go_on(self) -> None:
         assert self._sweep is not None

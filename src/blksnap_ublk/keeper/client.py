@@ -50,7 +50,7 @@ class KeeperClient:
         self._missed: float | None = None
         """When there was first no answer, of the monotonic clock; None while there is a keeper."""
         self._lock = threading.Lock()
-        self._client = self._awaited(patience)
+        self._client = self._awaited(time.monotonic() + patience)
         self._known = self._client
         """The connection to the keeper that holds what was put."""
 
@@ -103,7 +103,7 @@ class KeeperClient:
     def reconnect(self) -> None:
         """Go on with the keeper of now; the caller puts again what is to be held. Raises OSError when there is none."""
         if self.lost():
-            self._renew(self._known, 0)
+            self._renew(self._known, 0.0)
         self._known = self._client
 
     def close(self) -> None:
@@ -129,13 +129,12 @@ class KeeperClient:
                 # All messages may be repeated. One that came too late for an answer is no reason to wait again.
                 if isinstance(error, TimeoutError) or error.errno == errno.EMSGSIZE:
                     raise
-                now = time.monotonic()
-                if self._missed is None:
-                    self._missed = now
-                left = self._missed + self._patience - now
-                if renewed and left <= 0:
+                missed = self._missed
+                if missed is None:
+                    missed = self._missed = time.monotonic()
+                if renewed and time.monotonic() > missed + self._patience:
                     raise
-                self._renew(client, left)
+                self._renew(client, missed + self._patience)
                 renewed = True
                 continue
             self._missed = None
@@ -146,26 +145,34 @@ class KeeperClient:
                 raise OSError(answer.errno, answer.text)
             time.sleep(_AGAIN)  # it makes room for another one
 
-    def _renew(self, former: Client[Answer], seconds: float) -> None:
-        """Connect again, unless another thread has done so since `former` was in use."""
-        with self._lock:
+    def _renew(self, former: Client[Answer], until: float) -> None:
+        """Connect again, unless another thread has done so since `former` was in use; tried at least once.
+
+        `until`: of the monotonic clock.
+        """
+        if not self._lock.acquire(timeout=max(until - time.monotonic(), 0)):
+            raise self._gone()
+        try:
             if self._client is not former and self._client.connected:
                 return
             try:
-                client = self._awaited(seconds)
+                client = self._awaited(until)
             except OSError:
-                text = "the keeper process has gone"
-                raise ConnectionResetError(errno.ECONNRESET, text, os.fspath(self._path)) from None
+                raise self._gone() from None
             former.close()
             self._client = client
+        finally:
+            self._lock.release()
 
-    def _awaited(self, seconds: float) -> Client[Answer]:
-        end = time.monotonic() + seconds
+    def _gone(self) -> ConnectionResetError:
+        return ConnectionResetError(errno.ECONNRESET, "the keeper process has gone", os.fspath(self._path))
+
+    def _awaited(self, until: float) -> Client[Answer]:
         while True:
             try:
                 return self._connected()
             except OSError:
-                if time.monotonic() > end:
+                if time.monotonic() > until:
                     raise
             time.sleep(_AGAIN)
 

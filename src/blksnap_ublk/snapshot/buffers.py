@@ -78,7 +78,7 @@ def _opened(context: Context, names: list[str], closing: ExitStack) -> dict[str,
     """Those that are whole. Any other one no io process ever had: whoever made it has died meanwhile."""
     found = {}
     for name in names:
-        with suppress(FileNotFoundError):  # it was not to be used after all
+        with suppress(OSError):  # it was not to be used after all, or is none of ours
             descriptor = context.state.open(name)
             closing.callback(os.close, descriptor)
             status = os.fstat(descriptor)

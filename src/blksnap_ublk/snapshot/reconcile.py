@@ -58,7 +58,7 @@ def go_on(context: Context) -> bool:
     devices.try_again(context)
     sweeping.look(context)
     if context.sweeping:
-        return True
+        return context.untold is None
     images.serve_waiting(context)
     return bool(context.waiting - context.refused.keys()) and not context.conditions
 
@@ -110,7 +110,7 @@ def _reconcile(context: Context) -> None:
             histories.open_all(context, known)
             histories.settle_all(context, snapshots, {report.device for report in inventory.devices})
             known = resize.settle_all(context, known, {report.device for report in inventory.devices})
-            known = [_kept(context, device, inventory) for device in known]
+            known = [_guarded(device.origin, _kept, context, device, inventory) or device for device in known]
             active = [device for device in known if device.phase is Phase.ACTIVE]
             adoption.adopt(context, active, snapshots, inventory)
             sweeping.begin(context, snapshots)

@@ -112,7 +112,7 @@ class StateFiles:
         A file of that name that is left over from an interrupted attempt is replaced.
         """
         path = self.path(name)
-        path.unlink(missing_ok=True)
+        self.remove(name)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _allocate(descriptor, length)

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,9 +51,12 @@ class Former:
         self._map_memory = MapMemory()
         images = Images(devices, self._storages, self._map_memory, ImageThreads(lock_fd=-1, io_flusher=False))
         self.sweeping = Sweeping(self._loop, self._storages, images, self._map_memory, self._loop.stop, start_thread)
-        state, buffers = left
+        state, self._buffers = left
         self._storages.open(messages.OpenStorage(KEY, 4096, adopt=True), Descriptors([os.dup(state)]))
-        self.sweeping.add_unstored(messages.Unstored(["left"]), Descriptors([os.dup(buffers)]))
+        self.tell_unstored()
+
+    def tell_unstored(self) -> None:
+        self.sweeping.add_unstored(messages.Unstored(["left"]), Descriptors([os.dup(self._buffers)]))
 
     def run(self) -> None:
         self._loop.run()
@@ -75,6 +79,9 @@ def test_it_may_be_told_again(left: tuple[int, int]) -> None:
     with pytest.raises(OSError, match="no thread"):
         former.sweeping.begin(messages.Sweep([]))
     assert not former.sweeping.swept
+    mapped = Path("/proc/self/maps").read_text().count("memfd:left")
+    former.tell_unstored()
+    assert Path("/proc/self/maps").read_text().count("memfd:left") == mapped
     former.sweeping.begin(messages.Sweep([]))
     with pytest.raises(OSError, match="has been swept, or is about to be"):
         former.sweeping.begin(messages.Sweep([]))

@@ -190,6 +190,25 @@ def test_stop_by_message_is_an_end_like_any_other(running: Running) -> None:
     assert list(running.paths.root.iterdir()) == []
 
 
+def test_who_has_waited_for_a_keeper_in_vain_goes_on_with_the_next_one(paths: RuntimePaths) -> None:
+    running = Running(paths)
+    with KeeperClient(paths.keeper_socket, patience=0.2) as client:
+        assert client.names() == []
+        running.end()
+        for _ in range(2):
+            with pytest.raises(ConnectionError, match="has gone"):
+                client.names()
+            with pytest.raises(ConnectionError, match="has gone"):
+                client.reconnect()
+        assert client.lost()
+        running = Running(paths)
+        assert client.names() == []
+        assert client.lost()
+        client.reconnect()
+        assert not client.lost()
+        running.end()
+
+
 def test_a_directory_that_others_may_write_to_is_refused(paths: RuntimePaths) -> None:
     paths.root.mkdir()
     paths.root.chmod(0o777)

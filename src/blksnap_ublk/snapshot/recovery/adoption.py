@@ -133,9 +133,12 @@ def _lose_going(context: Context, snapshots: list[SnapshotEntry]) -> None:
     for snapshot in snapshots:
         for image in snapshot.images if snapshot.phase is Phase.ACTIVE else ():
             if image.key in going:
-                losing.lose(
-                    context, snapshot.id, f"the state of the image of {image.origin} is not that of an image in use"
-                )
+                why = f"the state of the image of {image.origin} is not that of an image in use"
+                try:
+                    losing.lose(context, snapshot.id, why)
+                except (BlksnapError, OSError) as error:
+                    _raise_if_gone(context, error)
+                    _log.error("snapshot %s: %s", snapshot.id, error)
 
 
 def _finish_later(context: Context, snapshots: list[SnapshotEntry]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from blksnap_ublk.ublk.device_info import DeviceState as KernelState
 PATIENCE = 5.0
 """Seconds for the last I/O of a dead io process, before a device is tried again from time to time."""
 
+_FAILURES = (BlksnapError, OSError, HistoryError, ValueError, struct.error)
 _AT_ONCE = 16  # devices that are recovered at the same time
 _log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def _serve(context: Context, device: DeviceEntry, report: messages.DeviceReport 
         if patience:
             _log.warning("%s: waits, and is tried again: %s", path, error)
         return
-    except (BlksnapError, OSError, HistoryError) as error:
+    except _FAILURES as error:
         if context.io.lost():
             return
         context.conditions[device.key] = DeviceState.FAILED
@@ -111,7 +113,7 @@ def _open(context: Context, device: DeviceEntry, patience: float, *, quiet: bool
             _open_at_io(context, device, origin)
         finally:
             os.close(origin)
-    except (BlksnapError, OSError, HistoryError, ValueError) as error:
+    except _FAILURES as error:
         if not quiet:
             raise
         _log.error("%s: cannot be opened again: %s", device.origin, error)

@@ -60,6 +60,8 @@ def begin_again(context: Context, device: DeviceEntry, reason: str) -> None:
     Change numbers go on, snapshots stay held. Raises OSError, HistoryError, Failed.
     """
     directory = context.state.path(f"device-{device.key}")
+    if not directory.is_dir():
+        context.state.remove(directory.name)
     directory.mkdir(mode=0o700, exist_ok=True)
     taken = [image for snapshot in context.catalogue.snapshots() for image in _taken(context, snapshot, device.key)]
     numbers = {image.change_number for image in taken}
