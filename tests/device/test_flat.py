@@ -27,8 +27,9 @@ WARM = 40
 OTHER_DEVICE = 10
 """Once in so many rounds a device is attached and detached as well."""
 
-SLACK = dict.fromkeys(EVERYBODY, 512) | {"control": 8 << 10}
-"""KiB of memory that a process may take in all rounds together: control keeps thousands of events."""
+SLACK = dict.fromkeys(EVERYBODY, 512) | {"control": 12 << 10}
+"""KiB of memory that a process may take in all rounds together: control keeps thousands of events. In 1000 rounds it
+took 10 MiB, most of it in the first 600, and 0.4 MiB in the last 200."""
 
 missing = missing_for_loops()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
