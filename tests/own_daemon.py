@@ -52,6 +52,11 @@ class OwnDaemon:
         """The process that is the keeper, io, control, io-spare or control-spare now; KeyError if there is none."""
         return self.processes().processes[role].pid
 
+    def replaced(self, role: str, former: int) -> bool:
+        """Whether a process other than `former` is that now."""
+        process = self.processes().processes.get(role)
+        return process is not None and process.pid != former
+
     def processes(self) -> Record:
         """Who they are now, as far as the keeper has written it down."""
         return read_processes(self.runtime / "state" / "processes")

@@ -92,7 +92,7 @@ def kill_io(daemon: OwnDaemon) -> None:
     """kill -9, and another process is there."""
     former = daemon.pid("io")
     os.kill(former, signal.SIGKILL)
-    wait_until("another io process", lambda: daemon.pid("io") != former)
+    wait_until("another io process", lambda: daemon.replaced("io", former))
 
 
 def is_recovering(client: Client, disk: Filtered) -> bool:

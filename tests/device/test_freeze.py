@@ -260,7 +260,7 @@ def kill_while_taking(
     print(f"killed {victims}, while there were {found}; taking went on: {taking.is_alive()}")
     taking.join()
     if "control" in victims:
-        wait_until("another control process", lambda: daemon.pid("control") != control)
+        wait_until("another control process", lambda: daemon.replaced("control", control))
 
 
 def answers(daemon: OwnDaemon) -> bool:

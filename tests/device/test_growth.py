@@ -339,7 +339,7 @@ def test_the_io_process_dies_after_growth(folder: Path) -> None:
 def kill_control(daemon: OwnDaemon) -> None:
     control = daemon.pid("control")
     os.kill(control, signal.SIGKILL)
-    wait_until("another control process", lambda: daemon.pid("control") != control)
+    wait_until("another control process", lambda: daemon.replaced("control", control))
     wait_until("it answers", lambda: answers(daemon))
 
 

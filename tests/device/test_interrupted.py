@@ -48,7 +48,7 @@ def interrupt(daemon: OwnDaemon, operation: str, after: float) -> None:
     control = daemon.pid("control")
     os.kill(control, signal.SIGKILL)
     caller.communicate()
-    wait_until("another control process runs", lambda: daemon.pid("control") != control)
+    wait_until("another control process runs", lambda: daemon.replaced("control", control))
     answered(daemon, lambda: None)
 
 
@@ -146,7 +146,7 @@ def kill(daemon: OwnDaemon, role: str) -> None:
     """Returns when another process has its place, and the daemon answers."""
     former = daemon.pid(role)
     os.kill(former, signal.SIGKILL)
-    wait_until(f"another {role} process runs", lambda: daemon.pid(role) != former)
+    wait_until(f"another {role} process runs", lambda: daemon.replaced(role, former))
     answered(daemon, lambda: None)
 
 

@@ -61,7 +61,7 @@ def killed(daemon: OwnDaemon, step: int, operation: Callable[[Client], object]) 
             died = not order.exists()
             order.unlink(missing_ok=True)
     if died:
-        wait_until("another control process", lambda: daemon.pid("control") != control)
+        wait_until("another control process", lambda: daemon.replaced("control", control))
         wait_until("it answers", lambda: answers(daemon))
     return died
 
@@ -90,9 +90,12 @@ def expect_only(daemon: OwnDaemon, devices: int, snapshots: int) -> None:
     wait_until(f"there is {expected or 'nothing'}", lambda: state_kinds(daemon) == expected)
     assert len(ublk_nodes()) == 2 * (devices + snapshots), daemon.log()
     assert len(list((daemon.runtime / "state").glob("buffers-*"))) == devices, daemon.log()
+    held = sorted(["origin"] * devices + ["storage"] * snapshots)
     with KeeperClient(daemon.runtime / "keeper.sock") as keeper:
-        held = sorted(name.partition(":")[0] for name in keeper.names())
-    assert held == sorted(["origin"] * devices + ["storage"] * snapshots), daemon.log()
+        wait_until(
+            f"the keeper holds {held or 'nothing'}",
+            lambda: sorted(name.partition(":")[0] for name in keeper.names()) == held,
+        )
 
 
 @drawn

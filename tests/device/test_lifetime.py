@@ -51,7 +51,8 @@ def two(daemon: OwnDaemon, folder: Path) -> Iterator[Two]:
         nodes, state = ublk_nodes(), daemon.state()
         try:
             yield made
-            assert (ublk_nodes(), daemon.state()) == (nodes, state), daemon.log()
+            assert ublk_nodes() == nodes, daemon.log()
+            wait_until("the storage was given back", lambda: daemon.state() == state)
         finally:
             with daemon.client() as client:
                 for snapshot in client.list_snapshots():
@@ -95,7 +96,7 @@ def kill_control(daemon: OwnDaemon) -> None:
     """Returns when another one answers."""
     before = daemon.pid("control")
     os.kill(before, signal.SIGKILL)
-    wait_until("another control process", lambda: daemon.pid("control") != before)
+    wait_until("another control process", lambda: daemon.replaced("control", before))
 
     def answers() -> bool:
         with suppress(BlksnapError), daemon.client() as client:
@@ -121,6 +122,23 @@ def test_time_ends_it(client: Client, two: Two) -> None:
         client.renew_snapshot(short.id)
     assert client.check_snapshot(lasting.id).trusted
     client.destroy_snapshots([lasting.id])
+
+
+def test_what_it_leaves_is_for_the_next_one_at_once(client: Client, two: Two) -> None:
+    """Its storage file is given back a moment after its end; who wants it meanwhile waits."""
+    storage = two.directory / "storage"
+    storage.write_bytes(bytes(LIMIT))
+    for _ in range(3):
+        short = client.create_snapshot([two.first], storage=[str(storage)], ttl=0.5)
+        while short.id in ids(client):
+            pass
+    last = client.create_snapshot([two.second], storage=[str(two.directory)], limit=LIMIT)
+    short = client.create_snapshot([two.first], storage=[str(storage)], ttl=0.5)
+    while short.id in ids(client):
+        pass
+    client.add_storage(last.id, [str(storage)])
+    client.destroy_snapshots([last.id])
+    wait_until("the storage is as before", lambda: storage.stat().st_size == LIMIT)
 
 
 def test_its_process_ends_it(client: Client, two: Two, process: subprocess.Popen[bytes]) -> None:

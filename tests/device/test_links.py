@@ -75,7 +75,7 @@ def test_after_a_kill_stale_links_go_and_missing_ones_return(daemon: OwnDaemon, 
     (daemon.runtime / "udev/ublkb999").write_text(Role.of_filtered("former", "/dev/sdz").encode())
     killed = daemon.pid("control")
     os.kill(killed, signal.SIGKILL)
-    wait_until("control is there again", lambda: daemon.pid("control") != killed)
+    wait_until("control is there again", lambda: daemon.replaced("control", killed))
     with daemon.client() as again:
         again.list_devices()
         assert _links() == before

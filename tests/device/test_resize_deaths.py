@@ -52,8 +52,8 @@ def killed(daemon: OwnDaemon, client: Client, origin: str, step: int, *, io: boo
     if died:
         if io:
             os.kill(serving, signal.SIGKILL)
-            wait_until("another io process", lambda: daemon.pid("io") != serving)
-        wait_until("another control process", lambda: daemon.pid("control") != control)
+            wait_until("another io process", lambda: daemon.replaced("io", serving))
+        wait_until("another control process", lambda: daemon.replaced("control", control))
         wait_until("it answers", lambda: answers(daemon))
     return died
 

@@ -43,7 +43,7 @@ def kill(daemon: OwnDaemon, *roles: str) -> None:
     for pid in former.values():
         os.kill(pid, signal.SIGKILL)
     for role, pid in former.items():
-        wait_until(f"another {role} process", lambda role=role, pid=pid: daemon.pid(role) != pid)  # type: ignore[misc]
+        wait_until(f"another {role} process", lambda role=role, pid=pid: daemon.replaced(role, pid))  # type: ignore[misc]
     wait_until("the daemon answers", lambda: answers(daemon))
     wait_until("all devices are back", lambda: all_live(daemon))
 

@@ -260,7 +260,7 @@ def test_the_io_process_dies_with_a_storage_that_is_shared(daemon: OwnDaemon, fo
         write_at(b.path, 0, os.urandom(2 * UNIT))
         former = daemon.pid("io")
         os.kill(former, 9)
-        wait_until("another io process", lambda: daemon.pid("io") != former)
+        wait_until("another io process", lambda: daemon.replaced("io", former))
         wait_until("the devices are live", lambda: {each.state.value for each in client.list_devices()} == {"live"})
         third = Held(client, [a], f"@{second.snapshot.id}", "third")
         write_at(a.path, 0, os.urandom(2 * UNIT))

@@ -239,7 +239,7 @@ def test_nothing_is_left_where_storage_is_wiped(folder: Path, wipe: bool, restar
 def kill_control(daemon: OwnDaemon) -> None:
     control = daemon.pid("control")
     os.kill(control, signal.SIGKILL)
-    wait_until("another control process", lambda: daemon.pid("control") != control)
+    wait_until("another control process", lambda: daemon.replaced("control", control))
     wait_until("it answers", lambda: answers(daemon))
 
 

@@ -144,7 +144,7 @@ def test_control_is_killed(daemon: OwnDaemon, client: Client, folder: Path, way:
     with waiting(client, folder, way) as story:
         former = daemon.pid("control")
         os.kill(former, signal.SIGKILL)
-        wait_until("another control process", lambda: daemon.pid("control") != former)
+        wait_until("another control process", lambda: daemon.replaced("control", former))
         wait_until("it answers", lambda: _answers(daemon))
         assert story.still_wait()
         client.add_storage(story.snapshot.id, [storage_file(folder, "more", MIB)])
@@ -157,7 +157,7 @@ def test_the_io_process_is_killed(folder: Path, way: str) -> None:
     with own_daemon() as daemon, daemon.client() as client, waiting(client, folder, way) as story:
         former = daemon.pid("io")
         os.kill(former, signal.SIGKILL)
-        wait_until("another io process", lambda: daemon.pid("io") != former)
+        wait_until("another io process", lambda: daemon.replaced("io", former))
         wait_until("its device is served again", lambda: "recovered" in [event.type for event in client.events()])
         assert story.still_wait()
         client.add_storage(story.snapshot.id, [storage_file(folder, "more", MIB)])

@@ -17,7 +17,7 @@ from blksnap_ublk.client.runtime import runtime_directory, socket_path
 from blksnap_ublk.client.start import not_root, start_daemon
 from blksnap_ublk.client.translate import errors_translated
 from blksnap_ublk.errors import BlksnapError, Failed, from_os_error
-from blksnap_ublk.varlink.connection import Connection
+from blksnap_ublk.varlink.connection import CallUnread, Connection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RANGES_PER_CALL = 4096
 STOP_SECONDS = 60
+UNREAD_CALLS = 3
+"""Processes in a row that may end before they read a call; then nobody is asked any more."""
 
 R = TypeVar("R")
 
@@ -392,15 +394,31 @@ class Client:
         return True
 
     def _call(self, method: str, parameters: object, reply: type[R]) -> R:
-        self.connect()
-        assert self._connection is not None
         with errors_translated():
-            return self._connection.call(f"{calls.INTERFACE}.{method}", parameters, reply)
+            unread = 0
+            while True:
+                self.connect()
+                assert self._connection is not None
+                try:
+                    return self._connection.call(f"{calls.INTERFACE}.{method}", parameters, reply)
+                except CallUnread:
+                    unread += 1
+                    if unread == UNREAD_CALLS:
+                        raise
 
     def _stream(self, method: str, parameters: object, reply: type[R]) -> Iterator[R]:
         # On a connection of its own: a stream that is left early ends its connection, and others go on meanwhile.
-        with self._connected() as connection, errors_translated():
-            yield from connection.stream(f"{calls.INTERFACE}.{method}", parameters, reply)
+        with errors_translated():
+            unread = 0
+            while True:
+                with self._connected() as connection:
+                    try:
+                        yield from connection.stream(f"{calls.INTERFACE}.{method}", parameters, reply)
+                        return
+                    except CallUnread:
+                        unread += 1
+                        if unread == UNREAD_CALLS:
+                            raise
 
     def _dump(self, device: str) -> Iterator[bytes]:
         received = size = 0

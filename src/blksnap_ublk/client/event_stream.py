@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from blksnap_ublk import calls, forms
-from blksnap_ublk.varlink.connection import Connection, ConnectionLost
+from blksnap_ublk.varlink.connection import CallUnread, Connection, ConnectionLost
 
 RECONNECT_SECONDS = 0.1
 RECONNECTS = 100
@@ -19,8 +19,8 @@ def read_events(
 ) -> Iterator[forms.Event]:
     """The events of one call of ReadEvents on the connection `first`.
 
-    One that follows goes on, where it was, on a connection that `again` makes. Raises ConnectionLost when nobody serves
-    any more, VarlinkError.
+    One that follows goes on, where it was, on a connection that `again` makes, and one that nobody read begins there.
+    Raises ConnectionLost when nobody serves any more, VarlinkError.
     """
     connection = first
     position: int | None = None
@@ -34,11 +34,13 @@ def read_events(
             return
         except ConnectionLost as error:
             failed += 1
-            if not parameters.follow or position is None or failed > RECONNECTS:
+            goes_on = isinstance(error, CallUnread) or (parameters.follow and position is not None)
+            if not goes_on or failed > RECONNECTS:
                 raise
             time.sleep(RECONNECT_SECONDS)
             try:
                 connection = again()
             except OSError:
                 raise error from None
-            parameters = msgspec.structs.replace(parameters, since=position)
+            if position is not None:
+                parameters = msgspec.structs.replace(parameters, since=position)

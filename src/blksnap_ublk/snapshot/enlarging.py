@@ -12,7 +12,7 @@ import msgspec
 
 from blksnap_ublk.errors import BlksnapError, Failed, NotFound, Unsupported, UsageError
 from blksnap_ublk.forms import SnapshotState
-from blksnap_ublk.snapshot import adopting, cutting_back, naming, report, storages
+from blksnap_ublk.snapshot import adopting, cutting_back, naming, releasing, report, storages
 from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import Spec
@@ -42,6 +42,7 @@ def add(context: Context, snapshot: SnapshotEntry, specs: Sequence[Spec]) -> Sto
         with in_use(context, snapshot) as storage:
             pass
         try:
+            releasing.finish_named(context, specs)
             with ExitStack() as undo:
                 limit = None if storage.limit is None else max(storage.limit - storage.capacity, 0)
                 needed = sum(image.size for image in snapshot.images)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import msgspec
@@ -16,9 +18,12 @@ from blksnap_ublk.keeper.ring_locks import RingLocks
 from blksnap_ublk.snapshot import cutting_back, naming, same_device, storages
 from blksnap_ublk.snapshot.catalogue import SnapshotEntry, StorageEntry
 from blksnap_ublk.snapshot.context import Context
+from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.storage import wiping
 
+_log = logging.getLogger(__name__)
 _WIPE = 64 << 20  # bytes that are wiped before anybody looks up
+_RECOVERY_LIMIT = 5.0  # seconds for recovery to come to a storage
 _LATE_WRITES_LIMIT = 1.0  # seconds for the storage to end what a dead io process has sent it
 
 
@@ -58,6 +63,30 @@ def finish(context: Context, key: str) -> list[str]:
     with context.storage_locks.holding([key]):
         storage = context.catalogue.storage(key)
         return _give_back(context, storage) if storage is not None and storage.released else []
+
+
+def finish_named(context: Context, specs: Sequence[Spec]) -> None:
+    """`finish` for the files and devices in `specs`, where a storage that no snapshot uses any more still has them.
+
+    For who is about to use them: `filling` gives them back only a moment after a snapshot has expired, or after control
+    died in the midst of an operation. One that recovery has not come to yet is waited for. Raises OSError.
+    """
+    end = time.monotonic() + _RECOVERY_LIMIT
+    wanted = storages.named(specs)
+    while left := [storage for storage in _unused(context) if wanted & storages.files(storage)]:
+        for storage in left:
+            for warning in finish(context, storage.key):
+                _log.warning("%s", warning)
+        if not all(storage.released for storage in left):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+
+
+def _unused(context: Context) -> list[StorageEntry]:
+    found, making = context.catalogue.storages(), set(context.making)
+    used = {entry.storage_key for entry in context.catalogue.snapshots()}  # last: what leaves `making` has one by then
+    return [storage for storage in found if storage.released or storage.key not in making | used]
 
 
 def _give_back(context: Context, storage: StorageEntry) -> list[str]:

@@ -131,19 +131,8 @@ def file_systems(context: Context) -> set[DeviceNumber]:
 
 def files_of(specs: Sequence[Spec]) -> set[str]:
     """What must not be opened by two at once: the names of locks."""
-    found = set()
-    for spec in specs:
-        path = host_view.find(spec.path)
-        try:
-            status = os.stat(path)
-        except OSError:
-            found.add(os.path.realpath(path))
-            continue
-        if stat.S_ISBLK(status.st_mode):
-            found.add(f"device {status.st_rdev}")
-        elif stat.S_ISREG(status.st_mode):
-            found.add(f"file {status.st_dev} {status.st_ino}")
-    return found
+    missing = [path for path in (host_view.find(spec.path) for spec in specs) if not os.path.exists(path)]
+    return {os.path.realpath(path) for path in missing} | {f"{each.device} {each.inode}" for each in named(specs)}
 
 
 def open_areas(
@@ -301,6 +290,24 @@ def forget(context: Context, storage: StorageEntry) -> None:
 
 def identity(area: AreaEntry) -> Identity:
     return Identity(DeviceNumber(*area.filesystem), area.inode)
+
+
+def files(storage: StorageEntry) -> set[Identity]:
+    """The files and block devices of a storage, also those that were about to become its own."""
+    return {identity(area) for area in (*storage.areas, *storage.announced)}
+
+
+def named(specs: Sequence[Spec]) -> set[Identity]:
+    """The files and block devices that are named; what is not there yet, and directories, are left out."""
+    found = set()
+    for spec in specs:
+        with suppress(OSError):
+            status = os.stat(host_view.find(spec.path))
+            if stat.S_ISBLK(status.st_mode):
+                found.add(Identity(DeviceNumber.of(status.st_rdev), 0))
+            elif stat.S_ISREG(status.st_mode):
+                found.add(Identity(DeviceNumber.of(status.st_dev), status.st_ino))
+    return found
 
 
 def area_entries(key: str, first: int, specs: Sequence[Spec], opened: OpenAreas) -> list[AreaEntry]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The calling side of varlink, for ordinary (blocking) code."""
 
-import contextlib
 import select
 import socket
 from collections import deque
@@ -23,6 +22,14 @@ class ConnectionLost(ConnectionError):
     """The service ended the connection, or said what is no varlink reply."""
 
 
+class CallUnread(ConnectionLost):
+    """The connection ended before the service read the call: it was not done, and may be made again elsewhere.
+
+    The kernel tells: a Unix socket that is closed with unread data resets its peer (ECONNRESET, unix(7)), also one that
+    nobody has accepted yet; one that was closed before refuses what is sent (EPIPE).
+    """
+
+
 class Connection:
     """A connection to the service that listens on the Unix socket `path`. For one thread at a time.
 
@@ -34,6 +41,7 @@ class Connection:
         self._splitter = wire.MessageSplitter(reply_limit)
         self._replies: deque[bytes] = deque()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._refused = self._answered = False  # what was sent; something, since then
         self.closed = False
         try:
             self._socket.connect(path)
@@ -44,7 +52,8 @@ class Connection:
     def call(self, method: str, parameters: object, reply: type[R]) -> R:
         """Call `method` (qualified name) and wait for its one reply.
 
-        Raises VarlinkError, ConnectionLost, or UnicodeEncodeError for text that JSON cannot carry.
+        Raises VarlinkError, ConnectionLost, of these CallUnread where the call was certainly not done, or
+        UnicodeEncodeError for text that JSON cannot carry.
         """
         message = wire.encode_call(method, parameters)
         try:
@@ -109,20 +118,27 @@ class Connection:
     def _send(self, message: bytes) -> None:
         if self.closed:
             raise ConnectionLost("the connection is closed")
+        self._refused = self._answered = False
         # What the service said before it hung up can still be read, and says more than these errors.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             self._socket.sendall(message)
+        except (BrokenPipeError, ConnectionResetError):
+            self._refused = True
 
     def _receive(self) -> ReplyMessage:
         try:
             while not self._replies:
                 data = self._socket.recv(READ_SIZE)
                 if not data:
-                    raise ConnectionLost("the service closed the connection")
+                    kind = CallUnread if self._refused and not self._answered else ConnectionLost
+                    raise kind("the service closed the connection")
+                self._answered = True
                 self._replies.extend(self._splitter.feed(data))
             return wire.decode_reply(self._replies.popleft())
         except ConnectionLost:
             raise
+        except ConnectionResetError as error:
+            raise (ConnectionLost if self._answered else CallUnread)(str(error)) from error
         except (MalformedMessage, ConnectionError) as error:
             raise ConnectionLost(str(error)) from error
 

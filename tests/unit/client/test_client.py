@@ -4,8 +4,10 @@
 import asyncio
 import itertools
 import os
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 from blksnap_ublk import forms
 from blksnap_ublk.client import Client, connect
+from blksnap_ublk.client.client import UNREAD_CALLS
 from blksnap_ublk.errors import BlksnapError, Busy, Failed, NotFound, Unsupported, Untrusted, UsageError
 from tests.unit.fake_service import GONE, SIZE, FakeService
 from tests.unit.serving import serving, serving_ublk
@@ -308,3 +311,64 @@ def test_a_file_that_lies_elsewhere_cannot_be_marked(client: Client, tmp_path: P
 def test_a_connection_can_be_used_again_after_close(client: Client) -> None:
     client.close()
     assert client.list_devices() == []
+
+
+@contextmanager
+def dying(daemon: Daemon, deaths: int, *, reads: bool = False) -> Iterator[str]:
+    """The path of a service so many processes of which end when a call comes, and the one after them is `daemon`.
+
+    `reads`: they end once they have read it.
+    """
+    path, successor = f"{daemon.path}-dying", f"{daemon.path}-successor"
+    os.symlink(daemon.path, successor)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            for left in reversed(range(deaths)):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16, 0 if reads else socket.MSG_PEEK)
+                    if not left:
+                        os.replace(successor, path)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield path
+        thread.join()
+        os.unlink(path)
+
+
+def unconnected(path: str) -> Client:
+    return Client(path, start=False, warn=pytest.fail)
+
+
+def test_a_call_that_nobody_read_is_made_again(daemon: Daemon) -> None:
+    with dying(daemon, 2) as path, unconnected(path) as client:
+        client.attach("/dev/sdb")
+        assert len(client.list_devices()) == 1
+    with dying(daemon, 2) as path, unconnected(path) as client:
+        assert [event.type for event in client.events(since=0)] == ["attached"]
+
+
+def test_a_stream_that_nobody_read_is_asked_for_again(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.client.attach("/dev/sdb")
+    daemon.client.dump_changes("sdb", str(tmp_path / "expected"))
+    with dying(daemon, 2) as path, unconnected(path) as client:
+        client.dump_changes("sdb", str(tmp_path / "dump"))
+    assert (tmp_path / "dump").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_a_call_that_somebody_read_is_not_made_again(daemon: Daemon) -> None:
+    with dying(daemon, 1, reads=True) as path, connect(path) as client:
+        with pytest.raises(Failed, match="no answer from the daemon"):
+            client.attach("/dev/sdb")
+        assert client.list_devices() == []
+
+
+def test_nobody_is_asked_for_ever(daemon: Daemon) -> None:
+    with dying(daemon, UNREAD_CALLS) as path, connect(path) as client:
+        with pytest.raises(Failed, match="no answer from the daemon"):
+            client.list_devices()
+        assert client.list_devices() == []
