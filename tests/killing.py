@@ -5,28 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-
-import pytest
+from contextlib import suppress
 
 from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.forms import DeviceState
-from tests.own_daemon import PROGRAM, OwnDaemon, own_daemon, wait_until
+from tests.own_daemon import OwnDaemon, wait_until
 
 SPARES = ("io-spare", "control-spare")
 EVERYBODY = ("keeper", "io", "control", *SPARES)
-NEVER_A_LIFEBOAT = {"BLKSNAP_UBLK_LIFEBOAT_AFTER": "0"}
-
-
-@contextmanager
-def mortal_daemon(program: Sequence[str] = PROGRAM) -> Iterator[OwnDaemon]:
-    """A daemon whose io process may die as often as one likes. `program`: what Python is to run to start it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in NEVER_A_LIFEBOAT.items():
-            patch.setenv(name, value)
-        with own_daemon(program) as daemon:
-            yield daemon
 
 
 def pid_of(daemon: OwnDaemon, role: str) -> int | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blksnap_ublk.client import Client, connect
+from blksnap_ublk.daemon.main import LIFEBOAT_VARIABLE
 from blksnap_ublk.keeper.processes import Record, read_processes
 from tests.loop_devices import loop_device
 
@@ -112,14 +113,19 @@ def disks(size: int) -> Iterator[Disks]:
 
 
 @contextmanager
-def own_daemon(program: Sequence[str] = PROGRAM) -> Iterator[OwnDaemon]:
+def own_daemon(program: Sequence[str] = PROGRAM, *, lifeboat: bool = False) -> Iterator[OwnDaemon]:
     """A daemon that is running. At the end it removes what is left, and must leave nothing.
 
-    `program`: what Python is to run to start it.
+    `program`: what Python is to run to start it. Without `lifeboat` its io process may die as often as one likes.
     """
     before = ublk_nodes()
     with tempfile.TemporaryDirectory(prefix="blksnap-test-") as runtime:
-        daemon = OwnDaemon(Path(runtime), os.environ | _environment(runtime))
+        environment = os.environ | _environment(runtime)
+        if lifeboat:
+            environment.pop(LIFEBOAT_VARIABLE, None)
+        else:
+            environment[LIFEBOAT_VARIABLE] = "0"
+        daemon = OwnDaemon(Path(runtime), environment)
         daemon.start(program)
         try:
             yield daemon

@@ -15,9 +15,9 @@ from blksnap_ublk import forms
 from demo import blocks
 from tests.device_mapper import Mapped, mapped_table, missing_for_targets
 from tests.direct_io import read_at, write_at
-from tests.killing import answers, kill, kill_and_wait, mortal_daemon
+from tests.killing import answers, kill, kill_and_wait
 from tests.loop_devices import loop_device
-from tests.own_daemon import OwnDaemon, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[OwnDaemon]:
-    with mortal_daemon() as running:
+    with own_daemon() as running:
         yield running
 
 

@@ -18,9 +18,9 @@ from demo import blocks
 from tests import failing_control
 from tests.direct_io import write_at
 from tests.filtered import Filtered, filtered, granted_ways
-from tests.killing import answers, kill, kill_and_wait, mortal_daemon
+from tests.killing import answers, kill, kill_and_wait
 from tests.loop_devices import loop_device
-from tests.own_daemon import OwnDaemon, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -30,7 +30,7 @@ NO_SPACE = "No space left on device"
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[OwnDaemon]:
-    with mortal_daemon((failing_control.__file__,)) as running:
+    with own_daemon((failing_control.__file__,)) as running:
         yield running
 
 

@@ -21,10 +21,10 @@ from demo import blocks
 from tests.device_mapper import mapped_table, missing_for_targets
 from tests.direct_io import errno_of_read, read_at, write_at
 from tests.fio_load import fio_load
-from tests.killing import EVERYBODY, answers, kill, kill_and_wait, mortal_daemon
+from tests.killing import EVERYBODY, answers, kill, kill_and_wait
 from tests.loop_devices import loop_device, mounted
 from tests.mounted_image import mounted_image
-from tests.own_daemon import OwnDaemon, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 SIZE = 48 * MIB
@@ -36,7 +36,7 @@ needs_mapper = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[OwnDaemon]:
-    with mortal_daemon() as running:
+    with own_daemon() as running:
         yield running
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from blksnap_ublk import forms
 from blksnap_ublk.client import Client
-from blksnap_ublk.daemon.main import LIFEBOAT_AFTER, LIFEBOAT_VARIABLE
+from blksnap_ublk.daemon.main import LIFEBOAT_AFTER
 from blksnap_ublk.forms import FindingState
 from demo import blocks
 from tests.a_then_b import CountingWriters, expect_one_instant, numbers
@@ -30,9 +30,8 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
 @pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnDaemon]:
-    monkeypatch.delenv(LIFEBOAT_VARIABLE, raising=False)
-    with own_daemon() as running:
+def daemon() -> Iterator[OwnDaemon]:
+    with own_daemon(lifeboat=True) as running:
         yield running
 
 

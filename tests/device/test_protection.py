@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from blksnap_ublk.keeper.child import STANDS_BY
-from tests.killing import EVERYBODY, SPARES, kill_and_wait, mortal_daemon
+from tests.killing import EVERYBODY, SPARES, kill_and_wait
 from tests.loop_devices import loop_device, missing_for_loops
-from tests.own_daemon import OwnDaemon, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 PR_SET_IO_FLUSHER = 57
@@ -74,7 +74,7 @@ def expect_locked(pid: int, who: str) -> None:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[OwnDaemon]:
-    with mortal_daemon() as running:
+    with own_daemon() as running:
         yield running
 
 

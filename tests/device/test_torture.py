@@ -19,9 +19,9 @@ from blksnap_ublk.errors import BlksnapError
 from demo import blocks
 from tests.a_then_b import CountingWriters, expect_one_instant, numbers
 from tests.fio_load import fio_load
-from tests.killing import EVERYBODY, answers, kill, mortal_daemon, start_where_nobody_lives
+from tests.killing import EVERYBODY, answers, kill, start_where_nobody_lives
 from tests.loop_devices import loop_device
-from tests.own_daemon import OwnDaemon, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 from tests.seeds import dice
 
 MIB = 1 << 20
@@ -149,7 +149,7 @@ def held(client: Client, devices: list[str], folder: Path) -> Iterator[forms.Sna
 def test_deaths_at_any_moment(folder: Path) -> None:
     chance = dice()
     with ExitStack() as stack:
-        daemon = stack.enter_context(mortal_daemon())
+        daemon = stack.enter_context(own_daemon())
         origins = [stack.enter_context(loop_device(folder / name, SIZE)) for name in ("first", "second")]
         with daemon.client() as client:
             devices = [client.attach(origin).device for origin in origins]

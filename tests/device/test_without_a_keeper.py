@@ -12,9 +12,9 @@ import pytest
 from blksnap_ublk.client import connect
 from blksnap_ublk.forms import DeviceState
 from tests.fio_load import fio_load
-from tests.killing import answers, kill, mortal_daemon
+from tests.killing import answers, kill
 from tests.loop_devices import loop_device, missing_for_loops
-from tests.own_daemon import OwnDaemon, wait_until
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 @pytest.fixture
 def daemon() -> Iterator[OwnDaemon]:
-    with mortal_daemon() as running:
+    with own_daemon() as running:
         yield running
 
 
