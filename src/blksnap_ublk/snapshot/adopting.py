@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -14,6 +15,7 @@ from typing import NoReturn
 import msgspec
 
 from blksnap_ublk.errors import BlksnapError, Failed
+from blksnap_ublk.host.number import DeviceNumber
 from blksnap_ublk.ioproc.client import IoRefused
 from blksnap_ublk.snapshot import cutting_back, host_view, naming, storages
 from blksnap_ublk.snapshot.catalogue import AreaEntry, StorageEntry
@@ -25,34 +27,29 @@ _CLAIM_LIMIT = 5.0  # seconds for a dead process to let go of a file
 _log = logging.getLogger(__name__)
 
 
-def adopt(context: Context, storage: StorageEntry) -> None:
-    """After a restart of this process: takes the descriptors back from the keeper, and ends what was broken off.
+def adopt(context: Context, key: str, *, on_filtered: bool = False) -> None:
+    """After a restart of this process: takes the descriptors of a storage back from the keeper, and ends what was
+    broken off.
 
-    What the keeper does not have any more is opened again, but for what lies on a filtered device, which may not be
-    served yet: the storage is in `Context.unheld` then, and this is to be called again. Raises Failed, OSError.
+    What the keeper does not have any more is opened again, but without `on_filtered` for what lies on a filtered
+    device, which may not be served yet: the storage is in `Context.unheld` then, and this is to be called again.
+    Raises Failed, OSError.
     """
-    if storage.key in context.open_storages:
-        return
-    try:
-        hold_again(context, storage)
-    except _NotYetError:
-        context.unheld.add(storage.key)
-        return
-    context.unheld.discard(storage.key)
-    with context.storage_locks.holding([storage.key]):
-        _settle_adopted(context, storage.key)
-
-
-def hold_again(context: Context, storage: StorageEntry, *, on_filtered: bool = False) -> None:
-    """Takes the descriptors of all areas; nothing happens where this process has them. Raises Failed, OSError.
-
-    `on_filtered`: files on filtered devices may be opened, which waits for these.
-    """
-    if storage.key in context.open_storages:
-        return
-    with holding(context, storage.areas, on_filtered=on_filtered) as undo:
-        undo.pop_all()
-    context.open_storages.add(storage.key)
+    if key in context.open_storages and key not in context.unheld:
+        return  # its lock may be held for long
+    with context.storage_locks.holding([key]):
+        storage = context.catalogue.storage(key)
+        if storage is not None:
+            if key not in context.open_storages:
+                try:
+                    with holding(context, storage.areas, on_filtered=on_filtered) as undo:
+                        undo.pop_all()
+                except _NotYetError:
+                    context.unheld.add(key)
+                    return
+                context.open_storages.add(key)
+            _settle_adopted(context, storage)
+        context.unheld.discard(key)
 
 
 @contextmanager
@@ -145,18 +142,25 @@ def _give_again(context: Context, storage: StorageEntry, n: int) -> None:
         context.registry.release(identity)
 
 
-def _settle_adopted(context: Context, key: str) -> None:
+def _settle_adopted(context: Context, storage: StorageEntry) -> None:
     """After a restart: what `enlarging` had begun is ended or taken back."""
-    storage = context.catalogue.storage(key)
-    if storage is None:
-        return
     storage = settle(context, storage)
-    _restore_others(context, storage, [area for area in storage.announced if area.beneath is None], {})
-    context.catalogue.put_storage(msgspec.structs.replace(storage, announced=[]))
     known = {area.descriptor for area in storage.areas}
-    for name in context.keeper.names():
-        if name.startswith(naming.storage_descriptor_name(key, None)) and name not in known:
-            context.keeper.drop(name)
+    prefix = naming.storage_descriptor_name(storage.key, None)
+    unknown = [name for name in context.keeper.names() if name.startswith(prefix) and name not in known]
+    with ExitStack() as closing:
+        held: dict[Identity, int] = {}
+        for name in unknown:
+            descriptor = context.keeper.get(name)
+            closing.callback(os.close, descriptor)
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):
+                held[Identity(DeviceNumber.of(status.st_dev), status.st_ino)] = descriptor
+        announced = [area for area in storage.announced if area.beneath is None]
+        _restore_others(context, storage, announced, held)
+    context.catalogue.put_storage(msgspec.structs.replace(storage, announced=[]))
+    for name in unknown:
+        context.keeper.drop(name)
 
 
 def _restore_others(

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import msgspec
 
-from blksnap_ublk.errors import BlksnapError, Failed, NotFound, Unsupported, UsageError
+from blksnap_ublk.errors import BlksnapError, Busy, Failed, NotFound, Unsupported, UsageError
 from blksnap_ublk.forms import SnapshotState
 from blksnap_ublk.snapshot import adopting, cutting_back, naming, releasing, report, storages
 from blksnap_ublk.snapshot.catalogue import AreaEntry, SnapshotEntry, StorageEntry
@@ -19,6 +20,7 @@ from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.storage import OpenAreas, Planned
 from blksnap_ublk.snapshot.undoing import quietly
 
+_HELD_LIMIT = 5.0  # seconds
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,7 @@ def add(context: Context, snapshot: SnapshotEntry, specs: Sequence[Spec]) -> Sto
     if not specs:
         raise UsageError("no difference storage is named", advice="name a file, a directory or a block device")
     key = snapshot.storage_key
+    _wait_until_held(context, key)
     announced: list[AreaEntry] = []
 
     def announce(planned: Sequence[Planned]) -> None:
@@ -67,6 +70,7 @@ def set_limit(context: Context, snapshot: SnapshotEntry, limit: int) -> StorageE
     """
     if limit <= 0:
         raise UsageError(f"{limit} is not a positive number of bytes", subject="the limit")
+    _wait_until_held(context, snapshot.storage_key)
     with in_use(context, snapshot) as storage:
         if storage.areas and all(area.beneath is not None for area in storage.areas):
             text = "lies on a filtered device, where all of it was reserved when the snapshot was taken"
@@ -108,13 +112,25 @@ def in_use(context: Context, snapshot: SnapshotEntry) -> Iterator[StorageEntry]:
     with context.storage_locks.holding([snapshot.storage_key]):
         entry = context.catalogue.snapshot(snapshot.id)
         storage = context.catalogue.storage(snapshot.storage_key)
-        if entry is None or storage is None or storage.key not in context.open_storages:
+        if entry is None or storage is None or storage.released:
             raise NotFound("it has been destroyed meanwhile", subject=f"snapshot {snapshot.id}")
         state, why = report.condition(context, entry)
         if state is not SnapshotState.ACTIVE:
             text = f"is {state.value} ({why}): more storage does not bring it back"
             raise Failed(text, subject=f"snapshot {snapshot.id}", advice="destroy it and take another")
+        if storage.key not in context.open_storages:
+            text = "its storage is not there again yet after a restart of the daemon"
+            raise Busy(text, subject=f"snapshot {snapshot.id}", errno="EBUSY", advice="try again")
         yield storage
+
+
+def _wait_until_held(context: Context, key: str) -> None:
+    """A control process that has just been started may not have come to this storage."""
+    end = time.monotonic() + _HELD_LIMIT
+    while key not in context.open_storages and context.catalogue.storage(key) is not None:
+        if time.monotonic() > end:
+            return
+        time.sleep(0.05)
 
 
 def _append_all(

@@ -18,7 +18,7 @@ import msgspec
 from blksnap_ublk.cbt import HistoryError
 from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.ioproc import messages
-from blksnap_ublk.snapshot import adopting, destroy, detach, leftovers, map_memory, naming, resize, storages
+from blksnap_ublk.snapshot import adopting, destroy, detach, leftovers, map_memory, naming, resize
 from blksnap_ublk.snapshot.catalogue import DeviceEntry, Phase, SnapshotEntry
 from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.recovery import adoption, devices, histories, images, losing, sweeping
@@ -77,13 +77,9 @@ def clear_away(context: Context) -> None:
                 with suppress(BlksnapError, HistoryError, OSError):
                     _clear_away(context, entry, limit=destroy.TRY_LIMIT)
     for key in list(context.unheld):
-        storage = context.catalogue.storage(key)
-        if storage is None:
-            context.unheld.discard(key)
-        elif not context.conditions:
-            with suppress(BlksnapError, OSError), context.storage_locks.holding([key]):
-                adopting.hold_again(context, storage, on_filtered=True)
-                context.unheld.discard(key)
+        if not context.conditions:
+            with suppress(BlksnapError, OSError):
+                adopting.adopt(context, key, on_filtered=True)
 
 
 def keep_again(context: Context) -> None:
@@ -166,11 +162,10 @@ def _restore_snapshot(context: Context, snapshot: SnapshotEntry) -> None:
     context.waiting.add(snapshot.id)
     if images.all_served(context, snapshot, context.io.inventory()):
         context.stop_waiting(snapshot.id)
-    storage = storages.of(context, snapshot)
     try:
-        adopting.adopt(context, storage)
+        adopting.adopt(context, snapshot.storage_key)
     except (BlksnapError, OSError):
-        context.unheld.add(storage.key)  # the io process has it: it only cannot grow yet
+        context.unheld.add(snapshot.storage_key)  # the io process has it: it only cannot grow yet
         raise
 
 

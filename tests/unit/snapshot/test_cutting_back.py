@@ -122,7 +122,25 @@ def test_what_is_held_is_found_under_any_name(file: Path) -> None:
 def test_a_restart_leaves_the_files_of_other_storages_alone(file: Path, tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "catalogue")
     catalogue.put_storage(StorageEntry("other", 4096, None, "break", [_area(file, MIB, 2 * MIB, 2 * MIB)]))
-    planned = Planned(str(file), _identity(file), MIB, 2 * MIB, None)
+    _restart(catalogue, file, MIB, {})
+    assert file.stat().st_size == 2 * MIB
+
+
+@pytest.mark.parametrize("former", [MIB, -1])
+def test_what_the_keeper_got_of_an_addition_is_no_lock_of_others(file: Path, tmp_path: Path, former: int) -> None:
+    """Control died between that and the entry of the area: what the keeper holds is locked, and is dropped."""
+    descriptor = os.open(file, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    held = {"storage:key:1": descriptor, "storage:other:0": descriptor}
+    _restart(Catalogue(tmp_path / "catalogue"), file, former, held)
+    assert list(held) == ["storage:other:0"]
+    os.close(descriptor)
+    assert file.stat().st_size == former if former >= 0 else not file.exists()
+
+
+def _restart(catalogue: Catalogue, file: Path, former: int, held: dict[str, int]) -> None:
+    """Of control, with a file that was announced for a storage; `held`: what the keeper has."""
+    planned = Planned(str(file), _identity(file), former, 2 * MIB, None)
     catalogue.put_storage(StorageEntry("key", 4096, None, "break", [], announced=storages.announced([planned])))
     context = SimpleNamespace(
         catalogue=catalogue,
@@ -131,12 +149,10 @@ def test_a_restart_leaves_the_files_of_other_storages_alone(file: Path, tmp_path
         registry=DescriptorRegistry(),
         storage_locks=KeyedLocks(),
         state=SimpleNamespace(storage_state=lambda name: None),
-        keeper=SimpleNamespace(names=list),
+        keeper=SimpleNamespace(names=lambda: list(held), get=lambda name: os.dup(held[name]), drop=held.pop),
     )
-    storage = catalogue.storage("key")
-    assert storage is not None
-    adopting.adopt(cast("Context", context), storage)
-    assert file.stat().st_size == 2 * MIB
+    adopting.adopt(cast("Context", context), "key")
     settled = catalogue.storage("key")
     assert settled is not None
     assert settled.announced == []
+    assert context.open_storages == {"key"}
