@@ -147,10 +147,11 @@ def test_nor_is_a_file_on_it_or_on_what_rests_on_it(
 ) -> None:
     origin = disk("origin")
     point = stack.enter_context(mounted(origin, tmp_path / "mnt"))
-    with (point / "image").open("wb") as file:
-        file.truncate(16 * MIB)
+    with (point / "image").open("wb") as image, (point / "file").open("wb") as file:
+        image.truncate(16 * MIB)
+        file.truncate(2 * MIB)
     above = stack.enter_context(loop_device(point / "image"))
-    for text in (above, str(point / "image"), str(point)):
+    for text in (above, str(point / "file"), str(point)):
         with pytest.raises(Unsupported, match=f"lies on {origin}, "):
             opened(text, off_limits=[origin], limit=MIB)
     nested = stack.enter_context(mounted(above, tmp_path / "nested"))
