@@ -200,9 +200,12 @@ def create_and_destroy(daemon: OwnDaemon, step: int, storage: Path, mount: Path)
 
 
 @drawn
-@given(step=st.integers(1, 2 * MOST_STEPS))
+@given(step=st.integers(1, 3 * MOST_STEPS))
 def test_sets_that_share_a_storage(daemon: OwnDaemon, folder: Path, step: int) -> None:
-    """A snapshot of two devices, another that joins its storage, and their ends; a third one stays and is right."""
+    """A snapshot of two devices, others that join its storage, and their ends, also before that of the older one.
+
+    Another one stays and is right.
+    """
     storage = folder / "storage"
     with loop_device(folder / "one", SIZE) as one, loop_device(folder / "two", SIZE) as two:
         with daemon.client() as client:
@@ -223,6 +226,8 @@ def set_and_joined(daemon: OwnDaemon, step: int, storage: Path, paths: list[str]
 
     def operation(client: Client) -> None:
         both = client.create_snapshot(paths, storage=[str(storage)], limit=2 * STORAGE).id
+        younger = client.create_snapshot(paths, storage=[f"@{both}"]).id
+        client.destroy_snapshots([younger])
         joined = client.create_snapshot(paths[:1], storage=[f"@{both}"]).id
         client.destroy_snapshots([both])
         client.destroy_snapshots([joined])

@@ -344,7 +344,16 @@ class Client:
 
         Raises Failed when it still listens after 60 seconds.
         """
-        self._call("Stop", calls.NoParameters(), calls.Nothing)
+        with errors_translated():
+            while True:
+                self.connect()
+                assert self._connection is not None
+                try:
+                    self._connection.call(f"{calls.INTERFACE}.Stop", calls.NoParameters(), calls.Nothing)
+                    break
+                except CallUnread:
+                    if not self._listens():  # somebody else has stopped it
+                        break
         self.close()
         deadline = time.monotonic() + STOP_SECONDS
         while self._listens():

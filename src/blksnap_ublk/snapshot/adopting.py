@@ -32,24 +32,29 @@ def adopt(context: Context, key: str, *, on_filtered: bool = False) -> None:
     broken off.
 
     What the keeper does not have any more is opened again, but without `on_filtered` for what lies on a filtered
-    device, which may not be served yet: the storage is in `Context.unheld` then, and this is to be called again.
-    Raises Failed, OSError.
+    device, which may not be served yet. Raises Failed, OSError. Until all is done the storage is in `Context.unheld`,
+    and this is to be called again.
     """
-    if key in context.open_storages and key not in context.unheld:
+    if is_held(context, key):
         return  # its lock may be held for long
     with context.storage_locks.holding([key]):
         storage = context.catalogue.storage(key)
-        if storage is not None:
+        if storage is not None and not is_held(context, key):
+            context.unheld.add(key)
             if key not in context.open_storages:
                 try:
                     with holding(context, storage.areas, on_filtered=on_filtered) as undo:
                         undo.pop_all()
                 except _NotYetError:
-                    context.unheld.add(key)
                     return
                 context.open_storages.add(key)
             _settle_adopted(context, storage)
         context.unheld.discard(key)
+
+
+def is_held(context: Context, key: str) -> bool:
+    """Whether this process has the descriptors of a storage, and nothing that was broken off is left of it."""
+    return key in context.open_storages and key not in context.unheld
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def _storage_made(
         undo.enter_context(making.undo)
         if options.join is None and not seats:
             with _errors():
-                releasing.finish_named(context, options.specs)
+                releasing.wait_for_named(context, options.specs)
                 making.made = _open(context, devices, options, seats, making)
         yield making
 

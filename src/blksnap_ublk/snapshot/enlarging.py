@@ -32,7 +32,8 @@ def add(context: Context, snapshot: SnapshotEntry, specs: Sequence[Spec]) -> Sto
     if not specs:
         raise UsageError("no difference storage is named", advice="name a file, a directory or a block device")
     key = snapshot.storage_key
-    _wait_until_held(context, key)
+    _wait_until_held(context, snapshot)
+    releasing.wait_for_named(context, specs)
     announced: list[AreaEntry] = []
 
     def announce(planned: Sequence[Planned]) -> None:
@@ -45,7 +46,6 @@ def add(context: Context, snapshot: SnapshotEntry, specs: Sequence[Spec]) -> Sto
         with in_use(context, snapshot) as storage:
             pass
         try:
-            releasing.finish_named(context, specs)
             with ExitStack() as undo:
                 limit = None if storage.limit is None else max(storage.limit - storage.capacity, 0)
                 needed = sum(image.size for image in snapshot.images)
@@ -70,7 +70,7 @@ def set_limit(context: Context, snapshot: SnapshotEntry, limit: int) -> StorageE
     """
     if limit <= 0:
         raise UsageError(f"{limit} is not a positive number of bytes", subject="the limit")
-    _wait_until_held(context, snapshot.storage_key)
+    _wait_until_held(context, snapshot)
     with in_use(context, snapshot) as storage:
         if storage.areas and all(area.beneath is not None for area in storage.areas):
             text = "lies on a filtered device, where all of it was reserved when the snapshot was taken"
@@ -118,17 +118,17 @@ def in_use(context: Context, snapshot: SnapshotEntry) -> Iterator[StorageEntry]:
         if state is not SnapshotState.ACTIVE:
             text = f"is {state.value} ({why}): more storage does not bring it back"
             raise Failed(text, subject=f"snapshot {snapshot.id}", advice="destroy it and take another")
-        if storage.key not in context.open_storages:
+        if not adopting.is_held(context, storage.key):
             text = "its storage is not there again yet after a restart of the daemon"
             raise Busy(text, subject=f"snapshot {snapshot.id}", errno="EBUSY", advice="try again")
         yield storage
 
 
-def _wait_until_held(context: Context, key: str) -> None:
-    """A control process that has just been started may not have come to this storage."""
+def _wait_until_held(context: Context, snapshot: SnapshotEntry) -> None:
+    """A control process that has just been started may not have come to its storage."""
     end = time.monotonic() + _HELD_LIMIT
-    while key not in context.open_storages and context.catalogue.storage(key) is not None:
-        if time.monotonic() > end:
+    while snapshot.lost is None and not adopting.is_held(context, snapshot.storage_key) and time.monotonic() < end:
+        if context.catalogue.snapshot(snapshot.id) is None:
             return
         time.sleep(0.05)
 

@@ -162,11 +162,7 @@ def _restore_snapshot(context: Context, snapshot: SnapshotEntry) -> None:
     context.waiting.add(snapshot.id)
     if images.all_served(context, snapshot, context.io.inventory()):
         context.stop_waiting(snapshot.id)
-    try:
-        adopting.adopt(context, snapshot.storage_key)
-    except (BlksnapError, OSError):
-        context.unheld.add(snapshot.storage_key)  # the io process has it: it only cannot grow yet
-        raise
+    adopting.adopt(context, snapshot.storage_key)  # where it fails the io process has it: it only cannot grow yet
 
 
 def _clear_away(context: Context, snapshot: SnapshotEntry, limit: float = destroy.TRY_LIMIT) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -21,9 +20,8 @@ from blksnap_ublk.snapshot.context import Context
 from blksnap_ublk.snapshot.spec import Spec
 from blksnap_ublk.snapshot.storage import wiping
 
-_log = logging.getLogger(__name__)
 _WIPE = 64 << 20  # bytes that are wiped before anybody looks up
-_RECOVERY_LIMIT = 5.0  # seconds for recovery to come to a storage
+_GIVE_BACK_LIMIT = 5.0  # seconds
 _LATE_WRITES_LIMIT = 1.0  # seconds for the storage to end what a dead io process has sent it
 
 
@@ -65,22 +63,16 @@ def finish(context: Context, key: str) -> list[str]:
         return _give_back(context, storage) if storage is not None and storage.released else []
 
 
-def finish_named(context: Context, specs: Sequence[Spec]) -> None:
-    """`finish` for the files and devices in `specs`, where a storage that no snapshot uses any more still has them.
+def wait_for_named(context: Context, specs: Sequence[Spec]) -> None:
+    """For the files and devices in `specs` to be given back, where a storage that no snapshot uses any more has them.
 
-    For who is about to use them: `filling` gives them back only a moment after a snapshot has expired, or after control
-    died in the midst of an operation. One that recovery has not come to yet is waited for. Raises OSError.
+    `filling` does that a moment after a snapshot has expired, or after control died in the midst of an operation. Who
+    is about to use them waits for it, but not for long: another file of that storage may not answer.
     """
-    end = time.monotonic() + _RECOVERY_LIMIT
+    end = time.monotonic() + _GIVE_BACK_LIMIT
     wanted = storages.named(specs)
-    while left := [storage for storage in _unused(context) if wanted & storages.files(storage)]:
-        for storage in left:
-            for warning in finish(context, storage.key):
-                _log.warning("%s", warning)
-        if not all(storage.released for storage in left):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.05)
+    while any(wanted & storages.files(storage) for storage in _unused(context)) and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _unused(context: Context) -> list[StorageEntry]:

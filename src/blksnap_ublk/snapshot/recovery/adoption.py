@@ -38,8 +38,7 @@ def adopt(
     if inventory.lifeboat:
         _begin_again(context, served, snapshots, inventory)
     devices.open_all(context, served, inventory)
-    known = {report.image for report in inventory.images}
-    left = [each for each in _left(context, snapshots) if each.image.key not in known]
+    left = _left(context, snapshots, inventory)
     if _unknown_images(context, inventory):
         # Any map may be one that lacks what an unknown one has.
         left = [Left(each.snapshot, each.image, "the catalogue entry of another snapshot is damaged") for each in left]
@@ -54,23 +53,36 @@ def adopt(
     _finish_later(context, snapshots)
 
 
-def _left(context: Context, snapshots: list[SnapshotEntry]) -> list[Left]:
+def _left(context: Context, snapshots: list[SnapshotEntry], inventory: messages.Inventory) -> list[Left]:
+    """Those that the io process lacks, but for what it has dropped itself.
+
+    Of a device that it serves it had everything, since that comes last: a control process that died before it removed
+    the state of an image has left it then, and no other image reads from it any more.
+    """
+    known = {report.image for report in inventory.images}
+    serving = {report.device for report in inventory.devices if report.serving}
     found = []
     for snapshot in snapshots:
+        has = known if snapshot.phase is Phase.ACTIVE else known | _keys_on(snapshot, serving)
+        lacking = [image for image in snapshot.images if image.key not in has]
         try:
             came = taking.instant_came(context, snapshot)
         except OSError as error:
-            found += [Left(snapshot, image, str(error.strerror)) for image in snapshot.images]
+            found += [Left(snapshot, image, str(error.strerror)) for image in lacking]
             continue
         if came is False or (came is None and snapshot.phase is Phase.CREATING):
             continue  # nothing was ever preserved for it
-        for image in snapshot.images:
+        for image in lacking:
             there = context.state.path(naming.image_state_name(image)).is_file()
             if there:
                 found.append(Left(snapshot, image))
             elif snapshot.phase is not Phase.DESTROYING:
                 found.append(Left(snapshot, image, f"the state of the image of {image.origin} is gone"))
     return found
+
+
+def _keys_on(snapshot: SnapshotEntry, devices: set[str]) -> set[str]:
+    return {image.key for image in snapshot.images if image.device in devices}
 
 
 def _unknown_images(context: Context, inventory: messages.Inventory) -> bool:
