@@ -23,10 +23,11 @@ class ConnectionLost(ConnectionError):
 
 
 class CallUnread(ConnectionLost):
-    """The connection ended before the service read the call: it was not done, and may be made again elsewhere.
+    """The connection ended before the service began with the call: it was not done, and may be made again.
 
-    The kernel tells: a Unix socket that is closed with unread data resets its peer (ECONNRESET, unix(7)), also one that
-    nobody has accepted yet; one that was closed before refuses what is sent (EPIPE).
+    The service says so where it has read it. Of what it has not read the kernel tells: a Unix socket that is closed
+    with unread data resets its peer (ECONNRESET, unix(7)), also one that nobody has accepted yet; one that was closed
+    before refuses what is sent (EPIPE).
     """
 
 
@@ -146,6 +147,8 @@ class Connection:
         raw = bytes(received.parameters)
         text = raw if raw not in (b"", b"null") else b"{}"
         try:
+            if received.error == wire.NOT_BEGUN:
+                raise CallUnread("the service ends")
             if received.error is not None:
                 raise VarlinkError(received.error, msgspec.json.decode(text, type=dict[str, object]))
             return msgspec.json.decode(text, type=reply)

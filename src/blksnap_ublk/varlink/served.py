@@ -39,7 +39,13 @@ class ServedConnection:
         self.handler: asyncio.Task[bytes] | None = None
 
     def stop(self) -> None:
-        """Serve nothing after the call that is being served; cancel that too if it is a stream."""
+        """Serve nothing after the call that is being served; cancel that too if it is a stream.
+
+        Calls that were read are refused, so that whoever made them knows that they were not begun; what was not read is
+        left for the kernel to tell.
+        """
+        if self._writer is not None:
+            self._writer.transport.pause_reading()  # type: ignore[attr-defined]
         self._ended.set()
 
     def abort(self) -> None:
@@ -53,8 +59,8 @@ class ServedConnection:
         self._writer = writer
         reading = asyncio.create_task(self._read(reader))
         try:
-            while (call := await self._unless_ended(asyncio.create_task(self._calls.get()))) is not None:
-                reply = await self._answer(call)
+            while (call := await self._next_call()) is not None:
+                reply = wire.encode_error(wire.not_begun()) if self._ended.is_set() else await self._answer(call)
                 if reply is not None and not call.oneway:
                     await self.write(reply)
         except CallerGone:
@@ -64,6 +70,17 @@ class ServedConnection:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+    async def _next_call(self) -> CallMessage | None:
+        """None at the end: of what the caller sends, or after `stop` of what was read of it."""
+        getting = asyncio.create_task(self._calls.get())
+        call = await self._unless_ended(getting)
+        if call is None and not getting.cancelled():
+            call = getting.result()
+        if call is None and self._ended.is_set():
+            await asyncio.sleep(0)  # for `_read`, which may have been given the last of it just now
+            call = None if self._calls.empty() else self._calls.get_nowait()
+        return call
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:

@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 
 SERVICE = "org.varlink.service"
+NOT_BEGUN = "io.blksnap.NotBegun"
+"""The error for a call that was read by a service that ends, and not begun: another one may be asked."""
 CALL_LIMIT = 1 << 20
 REPLY_LIMIT = 16 << 20
 
@@ -46,6 +48,11 @@ def invalid_parameter(parameter: str) -> VarlinkError:
 def permission_denied() -> VarlinkError:
     """The error for a peer that may not call."""
     return VarlinkError(f"{SERVICE}.PermissionDenied")
+
+
+def not_begun() -> VarlinkError:
+    """The error for a call that comes when the service ends."""
+    return VarlinkError(NOT_BEGUN)
 
 
 def expected_more() -> VarlinkError:

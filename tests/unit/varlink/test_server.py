@@ -2,6 +2,7 @@
 """The server over real sockets: its answers, and that no caller can harm another or leave something half done."""
 
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blksnap_ublk.varlink import server, wire
-from blksnap_ublk.varlink.connection import Connection, ConnectionLost
+from blksnap_ublk.varlink.connection import CallUnread, Connection, ConnectionLost
 from blksnap_ublk.varlink.wire import VarlinkError
 from tests.unit.serving import serving
 from tests.unit.varlink.echo import DESCRIPTION, Echo, Number, Text
@@ -360,6 +361,63 @@ def test_at_its_end_the_server_finishes_calls_and_cancels_streams(tmp_path: Path
         thread.join(30)
     idle.close()
     assert sorted(map(str, answers)) == ["0", "ended", "waited"]
+
+
+def test_at_its_end_the_server_refuses_what_it_has_not_begun(tmp_path: Path) -> None:
+    """In words that tell the caller to ask another one; what it has not read is reset by the kernel."""
+    echo = Echo()
+    path = tmp_path / "socket"
+    with serving(path, echo.interface()) as loop:
+        peer = socket.socket(socket.AF_UNIX)
+        peer.connect(str(path))
+        peer.sendall(wire.encode_call(PREFIX + "Wait", {}) + wire.encode_call(PREFIX + "Echo", {"text": "a"}))
+        eventually(lambda: echo.waiting == 1)
+        loop.call_soon_threadsafe(loop.call_later, 0.2, echo.release.set)
+    received = b""
+    while data := peer.recv(1000):
+        received += data
+    peer.close()
+    assert [message.error for message in map(wire.decode_reply, received.split(b"\0")[:-1])] == [None, wire.NOT_BEGUN]
+    assert echo.done == ["waited"]
+
+
+def test_a_call_that_was_not_begun_is_told_from_one_that_was(tmp_path: Path) -> None:
+    """Many callers while servers come and go: each call was done once, or its caller knows that it was not."""
+    path = tmp_path / "socket"
+    done: list[str] = []
+    asked: list[str] = []
+    over = threading.Event()
+
+    def ask(name: int) -> None:
+        for number in itertools.count():
+            text = f"{name}-{number}"
+            while not over.is_set():
+                try:
+                    with Connection(str(path)) as connection:
+                        connection.call(PREFIX + "Echo", {"text": text}, Text)
+                    asked.append(text)
+                    break
+                except (CallUnread, FileNotFoundError, ConnectionRefusedError):
+                    continue
+            if over.is_set():
+                return
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in range(6)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        echo = Echo()
+        with serving(path, echo.interface()):
+            eventually(lambda: len(echo.done) >= 20)  # noqa: B023
+        path.unlink()
+        done += echo.done
+    over.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(done) == len(set(done))
+    assert set(asked) <= set(done)
+    assert len(done) - len(asked) <= len(threads)  # whose answer nobody waited for, at the end of all
 
 
 def test_a_reply_that_nobody_reads_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
