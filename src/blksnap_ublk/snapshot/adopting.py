@@ -35,20 +35,25 @@ def adopt(context: Context, key: str, *, on_filtered: bool = False) -> None:
     device, which may not be served yet. Raises Failed, OSError. Until all is done the storage is in `Context.unheld`,
     and this is to be called again.
     """
-    if is_held(context, key):
-        return  # its lock may be held for long
-    with context.storage_locks.holding([key]):
-        storage = context.catalogue.storage(key)
-        if storage is not None and not is_held(context, key):
-            context.unheld.add(key)
-            if key not in context.open_storages:
-                try:
-                    with holding(context, storage.areas, on_filtered=on_filtered) as undo:
-                        undo.pop_all()
-                except _NotYetError:
-                    return
-                context.open_storages.add(key)
-            _settle_adopted(context, storage)
+    storage = context.catalogue.storage(key)
+    if storage is None or is_held(context, key):
+        context.unheld.discard(key)
+        return
+    if key not in context.open_storages:
+        context.unheld.add(key)
+    with (
+        suppress(_NotYetError),
+        # Without the lock: recovery needs that before it serves the devices that this may wait for.
+        holding(context, storage.areas, on_filtered=on_filtered) as undo,
+        context.storage_locks.holding([key]),
+    ):
+        if is_held(context, key) or context.catalogue.storage(key) != storage:
+            return  # another thread was here, or it is going
+        put_again(context, storage.areas)
+        if key not in context.open_storages:
+            context.open_storages.add(key)
+            undo.pop_all()
+        _settle_adopted(context, storage)
         context.unheld.discard(key)
 
 
@@ -59,12 +64,11 @@ def is_held(context: Context, key: str) -> bool:
 
 @contextmanager
 def holding(context: Context, areas: Sequence[AreaEntry], *, on_filtered: bool = False) -> Iterator[ExitStack]:
-    """Has the files of these areas open, with the keeper too; what is given closes them. Raises Failed, OSError."""
+    """Has the files of these areas open; what is given closes them. Raises Failed, OSError."""
     with ExitStack() as undo:
         for area in areas:
             context.registry.acquire(storages.identity(area), partial(_opened, context, area, on_filtered))
             undo.callback(context.registry.release, storages.identity(area))
-        put_again(context, areas)
         yield undo
 
 

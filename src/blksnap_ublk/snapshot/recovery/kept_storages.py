@@ -27,6 +27,7 @@ def adopt(context: Context, key: str, known: messages.StorageReport | None) -> N
         try:
             through = [area for area in storage.areas if area.beneath is None]
             with adopting.holding(context, through):
+                adopting.put_again(context, through)
                 _adopt(context, storage, known)
             storages.tell_behaviour(context, storage, sum(storages.used_bytes(context, storage)[0]))
         except (BlksnapError, OSError):
