@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 
 from blksnap_ublk.errors import BlksnapError
 from blksnap_ublk.forms import DeviceState
@@ -15,22 +16,24 @@ SPARES = ("io-spare", "control-spare")
 EVERYBODY = ("keeper", "io", "control", *SPARES)
 
 
-def pid_of(daemon: OwnDaemon, role: str) -> int | None:
-    """None where there is no such process at the moment."""
+def runs(daemon: OwnDaemon, role: str, former: int | None) -> bool:
+    """Whether a process other than `former` has that role and lives."""
     try:
-        return daemon.pid(role)
-    except (KeyError, OSError, ValueError):
-        return None
+        member = daemon.processes().living(role)
+    except (OSError, ValueError):
+        return False  # it is being written for the first time
+    return member is not None and member.pid != former
 
 
-def kill(daemon: OwnDaemon, *roles: str) -> None:
-    """kill -9 of all of them at once, but those that nobody is at the moment; returns when these have ended."""
+def kill(daemon: OwnDaemon, *roles: str) -> dict[str, int]:
+    """kill -9 of all of them at once, but those that nobody is at the moment; returns their pids, ended."""
     record = daemon.processes()
-    victims = [member for role in roles if (member := record.living(role)) is not None]
-    for member in victims:
+    victims = {role: member for role in roles if (member := record.living(role)) is not None}
+    for member in victims.values():
         with suppress(ProcessLookupError):
             os.kill(member.pid, signal.SIGKILL)
-    wait_until("who was killed has ended", lambda: not any(member.alive for member in victims))
+    wait_until("who was killed has ended", lambda: not any(member.alive for member in victims.values()))
+    return {role: member.pid for role, member in victims.items()}
 
 
 def start_where_nobody_lives(daemon: OwnDaemon) -> None:
@@ -42,12 +45,11 @@ def start_where_nobody_lives(daemon: OwnDaemon) -> None:
 
 def kill_and_wait(daemon: OwnDaemon, *roles: str) -> None:
     """The same, and returns when others have their places and the daemon answers."""
-    former = {role: pid_of(daemon, role) for role in roles}
-    kill(daemon, *roles)
+    former = kill(daemon, *roles)
     if set(EVERYBODY) - set(SPARES) <= set(roles):
         daemon.start()
     for role in set(roles) - set(SPARES):
-        wait_until(f"another {role} process runs", lambda role=role: pid_of(daemon, role) not in (None, former[role]))  # type: ignore[misc]
+        wait_until(f"another {role} process runs", partial(runs, daemon, role, former.get(role)))
     wait_until("the daemon answers", lambda: answers(daemon))
 
 

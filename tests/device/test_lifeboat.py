@@ -18,7 +18,7 @@ from tests.a_then_b import CountingWriters, expect_one_instant, numbers
 from tests.fio_load import fio_load
 from tests.killing import kill_and_wait
 from tests.loop_devices import loop_device, missing_for_loops
-from tests.own_daemon import OwnDaemon, own_daemon
+from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -67,10 +67,11 @@ def test_three_deaths_make_a_lifeboat_and_then_all_is_as_new(daemon: OwnDaemon, 
             for _ in range(LIFEBOAT_AFTER):
                 assert states(client, lost) == ["active"] * 2, daemon.log()
                 kill_and_wait(daemon, "io")
-            assert "as a lifeboat" in daemon.log()
+            wait_until("a lifeboat serves", lambda: "as a lifeboat" in daemon.log())
             # The origins are served, and nobody has seen an error.
             writers.check()
             load.wait_for_round()
+            wait_until("control has seen it", lambda: states(client, lost) != ["active"] * 2)
             expect_lost(client, lost)
             # What happened since then is known again.
             first = taken(client, devices, folder, writers)
