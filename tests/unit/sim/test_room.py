@@ -103,6 +103,25 @@ def test_after_the_limit_what_lacks_the_units_overflows_and_nothing_else() -> No
     end(world)
 
 
+def test_each_full_storage_has_its_own_limit() -> None:
+    world = full((1,), (1,), wait_ms=4000)
+    world.set_room(1, 3000)
+    world.change(0, Op.WRITE, 8, 8)
+    complete_all(world)
+    world.tick(4 * S - 1)
+    assert statuses(world) == [ACTIVE] * 2
+    world.tick(1)
+    assert statuses(world) == [OVERFLOWN, ACTIVE]
+    world.tick(3 * S - 1)
+    assert statuses(world) == [OVERFLOWN, ACTIVE]
+    assert world.requests
+    world.tick(1)
+    assert statuses(world) == [OVERFLOWN] * 2
+    complete_all(world)
+    assert not world.requests
+    end(world)
+
+
 def test_nobody_waits_any_more_when_waiting_is_given_up() -> None:
     world = full((1,), (40,), wait_ms=3_600_000)
     for queue in range(2):
