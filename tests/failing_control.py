@@ -21,17 +21,17 @@ from blksnap_ublk.keeper.runtime import RuntimePaths
 from blksnap_ublk.snapshot import adopting, attach, buffers
 from blksnap_ublk.snapshot.disks import Disks
 
-STEPS: list[tuple[Any, str]] = [
-    (History, "commit"),
-    (Disks, "start"),
-    (Disks, "end_recovery"),
-    (adopting, "hold_again"),
-    (attach, "open_at_io"),
-    (buffers, "tell_unstored"),
+STEPS: list[tuple[Any, Callable[..., Any]]] = [
+    (History, History.commit),
+    (Disks, Disks.start),
+    (Disks, Disks.end_recovery),
+    (adopting, adopting.adopt),
+    (attach, attach.open_at_io),
+    (buffers, buffers.tell_unstored),
 ]
 
 
-def failing(function: Callable[..., Any], name: str, order: Path) -> Callable[..., Any]:
+def failing(function: Callable[..., Any], order: Path) -> Callable[..., Any]:
     """The function, which fails where the file says so."""
     calls = 0
 
@@ -43,7 +43,7 @@ def failing(function: Callable[..., Any], name: str, order: Path) -> Callable[..
         except FileNotFoundError:
             calls = 0
             return function(*arguments, **named)
-        if step == name:
+        if step == function.__name__:
             calls += 1
             if calls >= int(first):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -54,8 +54,8 @@ def failing(function: Callable[..., Any], name: str, order: Path) -> Callable[..
 
 def become_control() -> int:
     order = RuntimePaths.from_environment().root / "fail"
-    for owner, name in STEPS:
-        setattr(owner, name, failing(vars(owner)[name], name, order))
+    for owner, function in STEPS:
+        setattr(owner, function.__name__, failing(function, order))
     return control.main()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,8 @@ import pytest
 from blksnap_ublk import forms
 from demo import blocks
 from tests.device_mapper import Mapped, mapped_table, missing_for_targets
-from tests.direct_io import read_at, write_at
-from tests.killing import answers, kill, kill_and_wait
+from tests.direct_io import errno_of_read, read_at, write_at
+from tests.killing import EVERYBODY, answers, kill, kill_and_wait
 from tests.loop_devices import loop_device
 from tests.own_daemon import OwnDaemon, own_daemon, wait_until
 
@@ -24,7 +25,7 @@ SIZE = 16 * MIB
 UNIT = 4096
 WRITES = 20
 
-missing = missing_for_targets("linear")
+missing = missing_for_targets("linear", "error")
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
@@ -42,6 +43,7 @@ class Silent:
     device: str
     snapshot: forms.Snapshot
     storage: Mapped
+    table: str
     digest: str
     offsets: list[int]
 
@@ -53,6 +55,11 @@ class Silent:
         """Ends although the storage is silent."""
         for number, offset in enumerate(self.offsets):
             write_at(self.device, offset, bytes([number + 1]) * UNIT)
+
+    def lose_what_waits(self) -> None:
+        """The requests that wait in the storage fail; it answers then."""
+        self.storage.load(f"0 {SIZE // 512} error")
+        self.storage.load(self.table)
 
     def expect_written(self) -> None:
         for number, offset in enumerate(self.offsets):
@@ -69,9 +76,10 @@ def silent(daemon: OwnDaemon, folder: Path) -> Iterator[Silent]:
     chance = random.Random(5)
     with ExitStack() as stack:
         (folder / "origin").write_bytes(chance.randbytes(SIZE))
-        origin = stack.enter_context(loop_device(folder / "origin", SIZE))
+        origin = stack.enter_context(loop_device(folder / "origin"))
         beneath = stack.enter_context(loop_device(folder / "storage", SIZE))
-        storage = stack.enter_context(mapped_table("blksnap-storage", f"0 {SIZE // 512} linear {beneath} 0"))
+        table = f"0 {SIZE // 512} linear {beneath} 0"
+        storage = stack.enter_context(mapped_table("blksnap-storage", table))
         with daemon.client() as client:
             device = client.attach(origin).device
             snapshot = client.create_snapshot([device], storage=[storage.path])
@@ -79,7 +87,7 @@ def silent(daemon: OwnDaemon, folder: Path) -> Iterator[Silent]:
         offsets = [unit * UNIT for unit in chance.sample(range(SIZE // UNIT), WRITES)]
         try:
             storage.suspend()
-            yield Silent(daemon, device, snapshot, storage, digest, offsets)
+            yield Silent(daemon, device, snapshot, storage, table, digest, offsets)
         finally:
             storage.resume()
             wait_until("the daemon answers", lambda: answers(daemon))
@@ -118,6 +126,35 @@ def test_what_is_not_stored_outlives_the_process(daemon: OwnDaemon, folder: Path
         story.expect_written()
         state = daemon.runtime / "state"
         wait_until("buffers of the dead are gone", lambda: len(list(state.glob("buffers-*"))) == 1)
+
+
+@pytest.mark.quick
+def test_the_buffers_hold_what_nobody_has_stored(daemon: OwnDaemon, folder: Path) -> None:
+    """All are killed, and their writes to the storage fail when nobody learns of it."""
+    with silent(daemon, folder) as story:
+        story.overwrite()
+        kill(daemon, *EVERYBODY)
+        story.lose_what_waits()
+        daemon.start()
+        wait_until("the daemon answers", lambda: answers(daemon))
+        story.expect_written()
+        wait_until("the image is served", lambda: is_served(daemon, story.snapshot))
+        story.expect_whole()
+
+
+def test_what_was_not_stored_and_is_lost_breaks_the_snapshot(daemon: OwnDaemon, folder: Path) -> None:
+    """Neither the buffers nor the writes of a dead io process are left: checksums tell."""
+    with silent(daemon, folder) as story:
+        story.overwrite()
+        for path in (daemon.runtime / "state").glob("buffers-*"):
+            path.unlink()
+        kill(daemon, "io")
+        story.lose_what_waits()
+        wait_until("the daemon answers", lambda: answers(daemon))
+        story.expect_written()
+        for offset in story.offsets:
+            assert errno_of_read(story.image, offset, UNIT) == errno.EIO, daemon.log()
+        assert state_of(daemon, story.snapshot) == "corrupted"
 
 
 def test_a_storage_that_stays_silent_takes_the_snapshot_and_nothing_else(daemon: OwnDaemon, folder: Path) -> None:

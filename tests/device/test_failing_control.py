@@ -167,7 +167,7 @@ def test_images_are_served_while_the_control_process_cannot_have_their_storage(
         image = snapshot.images[0].image
         before = blocks.sha256(image, SIZE)
         write([device], 1)
-        order.write_text("hold_again 1")
+        order.write_text("adopt 1")
         try:
             kill_and_wait(daemon, "io", "control")
             assert blocks.sha256(image, SIZE) == before
