@@ -140,6 +140,8 @@ def test_images_that_cannot_be_served_again_at_once_are_tried_again(
         loop_device(folder / "disk", SIZE) as origin,
         filtered(client, origin, granted_ways()[-1], folder) as device,
     ):
+        for unit in (1, 2):
+            write([device], unit)
         snapshot = device.snapshot(folder)
         image = snapshot.images[0].image
         before = blocks.sha256(image, SIZE)
@@ -163,6 +165,8 @@ def test_images_are_served_while_the_control_process_cannot_have_their_storage(
         loop_device(folder / "disk", SIZE) as origin,
         filtered(client, origin, granted_ways()[-1], folder) as device,
     ):
+        for unit in (1, 2):
+            write([device], unit)
         snapshot = device.snapshot(folder)
         image = snapshot.images[0].image
         before = blocks.sha256(image, SIZE)
@@ -183,6 +187,8 @@ def test_a_recovery_that_fails_as_a_whole_is_done_again(daemon: OwnDaemon, clien
         loop_device(folder / "disk", SIZE) as origin,
         filtered(client, origin, granted_ways()[-1], folder) as device,
     ):
+        for unit in (1, 2):
+            write([device], unit)
         snapshot = device.snapshot(folder)
         image = snapshot.images[0].image
         before = blocks.sha256(image, SIZE)

@@ -71,6 +71,7 @@ def test_storage_of_nothing_is_refused_and_loses_nothing(daemon: OwnDaemon, clie
             fill_file_system(directory)
         (folder / "empty").touch()
         (folder / "held").write_bytes(bytes(SIZE))
+        write_at(disk.path, 0, os.urandom(LOADED))
         held = client.create_snapshot([disk.path], storage=[str(folder / "held")], limit=SIZE)
         copy = disk.copy()
         state = daemon.state()
@@ -82,7 +83,7 @@ def test_storage_of_nothing_is_refused_and_loses_nothing(daemon: OwnDaemon, clie
             (full / "begun", MIB, "ENOSPC"),
             (full_ext4 / "missing", MIB, "ENOSPC"),
         ]
-        with fio_load(disk.path, size="16m") as load:
+        with fio_load(disk.path, size=str(LOADED)) as load:
             for storage, limit, reason in refused:
                 with pytest.raises(BlksnapError, match=reason):
                     client.create_snapshot([disk.path], storage=[str(storage)], limit=limit)
