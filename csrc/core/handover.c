@@ -49,6 +49,15 @@ static bool lacks(const struct bsu_leaf *leaf, unsigned int at)
 	return slot == BSU_SLOT_EMPTY || (MUTANT(BSU_MUTANT_EXEMPT_LOST) && slot == BSU_SLOT_ZERO);
 }
 
+static uint64_t count_lacking(const struct bsu_leaf *leaf, const struct bsu_leaf *older)
+{
+	uint64_t count = 0;
+
+	for (unsigned int at = 0; at < BSU_LEAF_UNITS; at++)
+		count += lacks(older, at) && is_preserved(slot_at(leaf, at));
+	return count;
+}
+
 static uint64_t give_slots(const struct bsu_leaf *leaf, struct bsu_leaf *older)
 {
 	uint64_t count = 0;
@@ -101,6 +110,28 @@ uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uin
 		atomic_store_explicit(&older->directory[entry],
 				      atomic_load_explicit(&map->directory[entry], memory_order_relaxed), memory_order_release);
 	pthread_mutex_unlock(&older->lock);
+	return count;
+}
+
+uint64_t bsu_map_hand_over_too(const struct bsu_map *map, const struct bsu_map *older, const struct bsu_map *heir, uint64_t entry)
+{
+	const struct bsu_table *table = table_at(map, entry), *own, *common;
+	uint64_t count = 0;
+
+	if (!table || entry >= older->entries || entry >= heir->entries)
+		return 0;
+	own = table_at(older, entry);
+	common = table_at(heir, entry);
+	for (unsigned int at = 0; own && common && at < BSU_TABLE_LEAVES; at++) {
+		const struct bsu_leaf *leaf = leaf_at(map, table, at), *mine = leaf_at(older, own, at);
+
+		if (!leaf)
+			continue;
+		if (!mine)
+			count += own == common ? count_slots(leaf) : 0;
+		else if (mine == leaf_at(heir, common, at))
+			count += count_lacking(leaf, mine);
+	}
 	return count;
 }
 

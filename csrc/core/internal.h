@@ -124,6 +124,8 @@ bool bsu_map_replace(struct bsu_map *map, uint64_t unit, uint32_t old, uint32_t 
  * become common to both, so this needs no memory.
  */
 uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uint64_t entry);
+/* How many slots that will give @heir, which is older still, because it has leaves in common with @older. */
+uint64_t bsu_map_hand_over_too(const struct bsu_map *map, const struct bsu_map *older, const struct bsu_map *heir, uint64_t entry);
 /* Afterwards, when nobody looks at @map any more: takes out of it what @older was given. */
 void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t entry);
 /* Gives back the places, the leaves and the table of an entry. */

@@ -259,11 +259,28 @@ bool bsu_grace_passed(struct bsu_device *dev)
 	return passed || MUTANT(BSU_MUTANT_NO_GRACE);
 }
 
+/* The neighbour was going itself when a process died, and still is: images before it may have leaves in common with it. */
+static void count_for_heirs(struct bsu_device *dev)
+{
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), dev->older->storage);
+
+	if (bsu_image_status(dev->older, NULL) != BSU_IMAGE_GONE)
+		return;
+	for (unsigned int k = 0; chain->image[k] != dev->older; k++) {
+		struct bsu_image *heir = chain->image[k];
+		uint64_t given = bsu_map_hand_over_too(&dev->changing->map, &dev->older->map, &heir->map, dev->settled);
+
+		atomic_fetch_add_explicit(&heir->state->preserved, given, memory_order_relaxed);
+	}
+}
+
 static int settle_hand_over(struct bsu_device *dev)
 {
 	struct bsu_image *image = dev->changing, *older = dev->older;
-	uint64_t given = bsu_map_hand_over(&image->map, &older->map, dev->settled);
+	uint64_t given;
 
+	count_for_heirs(dev);
+	given = bsu_map_hand_over(&image->map, &older->map, dev->settled);
 	atomic_fetch_add_explicit(&older->state->preserved, given, memory_order_relaxed);
 	if (++dev->settled == image->map.entries)
 		install(dev);

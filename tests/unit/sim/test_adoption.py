@@ -262,6 +262,31 @@ def test_what_was_going_goes_before_anything_older() -> None:
     end(world)
 
 
+@pytest.mark.parametrize("units", [range(2), range(64, 66), range(130, 132)])
+def test_what_a_going_image_is_given_is_counted_for_its_older_neighbour_too(units: range) -> None:
+    """These have a table, or a leaf, in common since the hand-over that a death broke off."""
+    for own in (range(0), range(3, 5)):
+        world = World(Shape(units=200))
+        take(world, 0, trouble=None)
+        preserved(world, own)
+        take(world, 0, trouble=None)
+        preserved(world, range(70, 72))
+        take(world, 0, trouble=None)
+        preserved(world, units)
+        world.close_gate(0)
+        assert world.drop(1)
+        world.portion(0)
+        die(world, [])
+        swept(world)
+        world.close_gate(0)
+        assert world.drop(1)
+        world.hand_over()
+        assert world.drop_again(0)
+        world.hand_over()
+        assert world.held[0].slots() == len({*own, 70, 71, *units})
+        end(world)
+
+
 def test_of_two_writes_to_a_unit_of_an_image_the_later_one_counts() -> None:
     """Death came before the record of what it replaced was cleared."""
     world = World(Shape())
