@@ -290,5 +290,7 @@ void bsu_sim_free_held(struct bsu_sim_held *held);
 void bsu_sim_kill(struct bsu_sim *sim);
 void bsu_sim_kill_device(struct bsu_device *dev);
 void bsu_sim_kill_image(struct bsu_image *image);
+void bsu_sim_lock_map(struct bsu_image *image);
+void bsu_sim_unlock_map(struct bsu_image *image);
 void bsu_sim_unpublish(struct bsu_image *image, bool written, uint64_t unit, uint32_t slot);
 int bsu_sim_set_mutant(int mutant);

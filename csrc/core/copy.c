@@ -227,7 +227,7 @@ static void publish_slots(struct bsu_queue *queue, struct bsu_copy *copy)
 		else
 			bsu_storage_return(storage, copy->place + i, 1);
 	}
-	atomic_fetch_add_explicit(&copy->image->state->preserved, published, memory_order_relaxed);
+	atomic_fetch_add_explicit(&copy->image->state->preserved, published, memory_order_release);
 	queue->counters.copied += copy_bytes(copy);
 	/* Readers must see the slots before the origin write that follows can reach the disk. */
 	atomic_thread_fence(memory_order_seq_cst);

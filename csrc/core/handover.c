@@ -113,7 +113,7 @@ uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uin
 	return count;
 }
 
-uint64_t bsu_map_hand_over_too(const struct bsu_map *map, const struct bsu_map *older, const struct bsu_map *heir, uint64_t entry)
+static uint64_t count_given(const struct bsu_map *map, const struct bsu_map *older, const struct bsu_map *heir, uint64_t entry)
 {
 	const struct bsu_table *table = table_at(map, entry), *own, *common;
 	uint64_t count = 0;
@@ -132,6 +132,20 @@ uint64_t bsu_map_hand_over_too(const struct bsu_map *map, const struct bsu_map *
 		else if (mine == leaf_at(heir, common, at))
 			count += count_lacking(leaf, mine);
 	}
+	return count;
+}
+
+void bsu_map_share(struct bsu_map *heir, const struct bsu_map *map, const struct bsu_map *older, uint64_t entry)
+{
+	pthread_mutex_lock(&heir->lock);
+	heir->shared = count_given(map, older, heir, entry);
+}
+
+uint64_t bsu_map_shared(struct bsu_map *heir)
+{
+	uint64_t count = heir->shared;
+
+	pthread_mutex_unlock(&heir->lock);
 	return count;
 }
 

@@ -42,7 +42,7 @@ static void publish(struct bsu_segment *segment, uint64_t unit, uint32_t slot)
 
 	bsu_map_publish(written(queue), unit, slot);
 	if (old == BSU_SLOT_EMPTY)
-		atomic_fetch_add_explicit(&queue->image->state->written, 1, memory_order_relaxed);
+		atomic_fetch_add_explicit(&queue->image->state->written, 1, memory_order_release);
 	else if (bsu_slot_is_place(old) && !MUTANT(BSU_MUTANT_KEEP_OLD_PLACE))
 		bsu_storage_return(queue->image->storage, old - 1, 1);
 }

@@ -2,10 +2,10 @@
 /*
  * What the files of the core share.
  *
- * Lock order: device.lock -> map.lock -> storage.lock, arena.lock. A queue's
- * inbox is lock-free. Map lookups take no lock. Nothing is called out of the core
- * (ops->*) with a lock held, except ops->wake and ops->notify, which only
- * write to an eventfd or the like.
+ * Lock order: device.lock -> map.lock, those of older images first ->
+ * storage.lock, arena.lock. A queue's inbox is lock-free. Map lookups take no
+ * lock. Nothing is called out of the core (ops->*) with a lock held, except
+ * ops->wake and ops->notify, which only write to an eventfd or the like.
  */
 #ifndef BSU_INTERNAL_H
 #define BSU_INTERNAL_H
@@ -99,6 +99,7 @@ struct bsu_map {
 	_Atomic uint32_t *directory;
 	uint64_t entries;
 	pthread_mutex_t lock;		/* who adds tables and leaves */
+	uint64_t shared;		/* between bsu_map_share() and bsu_map_shared() */
 };
 
 void bsu_map_init(struct bsu_map *map, struct bsu_arena *arena, void *directory, uint64_t entries);
@@ -124,8 +125,12 @@ bool bsu_map_replace(struct bsu_map *map, uint64_t unit, uint32_t old, uint32_t 
  * become common to both, so this needs no memory.
  */
 uint64_t bsu_map_hand_over(const struct bsu_map *map, struct bsu_map *older, uint64_t entry);
-/* How many slots that will give @heir, which is older still, because it has leaves in common with @older. */
-uint64_t bsu_map_hand_over_too(const struct bsu_map *map, const struct bsu_map *older, const struct bsu_map *heir, uint64_t entry);
+/*
+ * Around that, for each map older than @older that may have tables and leaves in common with it: nobody adds leaves to
+ * @heir meanwhile. The second returns how many slots @heir was given.
+ */
+void bsu_map_share(struct bsu_map *heir, const struct bsu_map *map, const struct bsu_map *older, uint64_t entry);
+uint64_t bsu_map_shared(struct bsu_map *heir);
 /* Afterwards, when nobody looks at @map any more: takes out of it what @older was given. */
 void bsu_map_prune(struct bsu_map *map, const struct bsu_map *older, uint64_t entry);
 /* Gives back the places, the leaves and the table of an entry. */

@@ -108,7 +108,7 @@ struct bsu_image_state {
 	uint32_t serial;
 	_Atomic uint32_t status;	/* enum bsu_image_status */
 	_Atomic int32_t error;		/* errno, positive, 0 while active */
-	_Atomic uint64_t preserved;	/* units */
+	_Atomic uint64_t preserved;	/* units; here and below never more than there are: counted afterwards */
 	uint64_t directory_entries;
 	_Atomic uint64_t written;	/* units that were written to the image itself */
 	_Atomic uint32_t releasing;	/* directory entry plus one, the places of which are being given back; 0: none yet */

@@ -305,7 +305,7 @@ static bool publish(struct bsu_map *map, struct bsu_area *area, uint32_t at, uin
 	if (bsu_map_publish_first(map, unit, area->first + at + 1)) {
 		if (!MUTANT(BSU_MUTANT_ROLLED_FORWARD_FREE))
 			keep(area, at);
-		atomic_fetch_add_explicit(count, 1, memory_order_relaxed);
+		atomic_fetch_add_explicit(count, 1, memory_order_release);
 	}
 	return true;
 }

@@ -260,28 +260,32 @@ bool bsu_grace_passed(struct bsu_device *dev)
 }
 
 /* The neighbour was going itself when a process died, and still is: images before it may have leaves in common with it. */
-static void count_for_heirs(struct bsu_device *dev)
+static unsigned int count_heirs(const struct bsu_chain *chain, const struct bsu_image *older)
 {
-	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), dev->older->storage);
+	unsigned int k = 0;
 
-	if (bsu_image_status(dev->older, NULL) != BSU_IMAGE_GONE)
-		return;
-	for (unsigned int k = 0; chain->image[k] != dev->older; k++) {
-		struct bsu_image *heir = chain->image[k];
-		uint64_t given = bsu_map_hand_over_too(&dev->changing->map, &dev->older->map, &heir->map, dev->settled);
-
-		atomic_fetch_add_explicit(&heir->state->preserved, given, memory_order_relaxed);
-	}
+	if (bsu_image_status(older, NULL) != BSU_IMAGE_GONE)
+		return 0;
+	while (chain->image[k] != older)
+		k++;
+	return k;
 }
 
+/* Counted is what has been given: a successor takes an image with less than was counted for broken. */
 static int settle_hand_over(struct bsu_device *dev)
 {
+	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&dev->view), dev->older->storage);
 	struct bsu_image *image = dev->changing, *older = dev->older;
+	unsigned int heirs = count_heirs(chain, older);
 	uint64_t given;
 
-	count_for_heirs(dev);
+	for (unsigned int k = 0; k < heirs; k++)
+		bsu_map_share(&chain->image[k]->map, &image->map, &older->map, dev->settled);
 	given = bsu_map_hand_over(&image->map, &older->map, dev->settled);
-	atomic_fetch_add_explicit(&older->state->preserved, given, memory_order_relaxed);
+	for (unsigned int k = heirs; k-- > 0;)
+		atomic_fetch_add_explicit(&chain->image[k]->state->preserved, bsu_map_shared(&chain->image[k]->map),
+					  memory_order_release);
+	atomic_fetch_add_explicit(&older->state->preserved, given, memory_order_release);
 	if (++dev->settled == image->map.entries)
 		install(dev);
 	return 1;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Shortage of map memory, made to measure: a test holds all pages but a few. */
+/* What a test keeps from others: all pages of map memory but a few, or a map. */
 #include <stdlib.h>
 
 #include "../core/arena.h"
@@ -38,4 +38,14 @@ void bsu_sim_free_held(struct bsu_sim_held *held)
 	if (held)
 		bsu_sim_give_map(held, held->count);
 	free(held);
+}
+
+void bsu_sim_lock_map(struct bsu_image *image)
+{
+	pthread_mutex_lock(&image->map.lock);
+}
+
+void bsu_sim_unlock_map(struct bsu_image *image)
+{
+	pthread_mutex_unlock(&image->map.lock);
 }

@@ -105,6 +105,10 @@ bool bsu_sim_place_used(const struct bsu_storage *storage, uint32_t place);
  */
 int64_t bsu_sim_first_wrong(const struct bsu_image *image, const void *expected, uint64_t from);
 
+/* Keeps others from adding tables and leaves to the map of what was preserved, until it is unlocked. */
+void bsu_sim_lock_map(struct bsu_image *image);
+void bsu_sim_unlock_map(struct bsu_image *image);
+
 /* Takes all free pages of map memory but @leave; until given back, they are gone. */
 struct bsu_sim_held *bsu_sim_hold_map(struct bsu_arena *arena, unsigned int leave);
 /* Gives pages back; how many are still held. */

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from blksnap_ublk.engine._engine import ffi, lib
@@ -271,6 +272,16 @@ class Simulator(Handle):
             lib.bsu_sim_kill_device(_killed(device))
         for part in parts:
             part._free(_killed(part))
+
+    @staticmethod
+    @contextmanager
+    def map_locked(image: Image) -> Iterator[None]:
+        """Others cannot add tables and leaves to the map of what was preserved. By one thread."""
+        lib.bsu_sim_lock_map(image.pointer)
+        try:
+            yield
+        finally:
+            lib.bsu_sim_unlock_map(image.pointer)
 
     @staticmethod
     def unpublish(image: Image, unit: int, slot: int, *, written: bool) -> None:

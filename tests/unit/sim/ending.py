@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from blksnap_ublk.engine import ImageStatus
+from blksnap_ublk.engine.request import Op
 from tests.unit.sim.judge import COPY_LIMIT_NS, MAP_LIMIT_NS
 from tests.unit.sim.world import World
 
@@ -59,6 +60,19 @@ def recover(world: World) -> None:
     for number in range(len(world.disks)):
         world.open_gate(number)
     complete_all(world)
+
+
+def preserved(world: World, units: range) -> None:
+    """Whole writes, one a unit, that have ended."""
+    for unit in units:
+        world.change(0, Op.WRITE, 8 * unit, 8)
+        complete_all(world)
+
+
+def swept(world: World) -> None:
+    """The sweep comes to its end."""
+    while not world.swept:
+        world.sweep_portion()
 
 
 def end(world: World, *, silent: bool = False) -> None:

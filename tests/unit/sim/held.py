@@ -14,6 +14,7 @@ from tests.unit.sim.disk import WORDS, Disk, Words
 from tests.unit.sim.image_content import ImageContent
 from tests.unit.sim.interval import Interval
 from tests.unit.sim.shape import SECTOR
+from tests.unit.sim.shared import shared
 from tests.unit.sim.store import Store
 
 SERIAL_BITS = 24
@@ -27,7 +28,7 @@ class Held:
         self.disk = disk
         self.store = store
         self.serial = serial
-        self.state = np.zeros(engine.Image.state_bytes(disk.size, disk.shape.unit), dtype=np.uint8)
+        self.state = shared(engine.Image.state_bytes(disk.size, disk.shape.unit))
         self.disk_device = disk.device
         self.image = engine.Image(disk.device, store.storage, arena, self.state, serial=serial)
         self.queue: int | None = None

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from blksnap_ublk import engine
 from blksnap_ublk.engine.request import Op
 from blksnap_ublk.engine.sim import SLOT_ZERO, HeldMapMemory, SimBuffers, SimIo, Simulator
 from tests.unit.sim.disk import Disk, Request
 from tests.unit.sim.held import Held
 from tests.unit.sim.shape import Shape
+from tests.unit.sim.shared import shared
 from tests.unit.sim.store import Store
 
 
@@ -136,5 +135,5 @@ class Machine:
 
     def add_map_memory(self) -> None:
         """Adds a portion."""
-        self.portions.append(np.zeros(engine.ARENA_PORTION, dtype=np.uint8))
+        self.portions.append(shared(engine.ARENA_PORTION))
         self.arena.add(self.portions[-1])

@@ -8,7 +8,7 @@ import pytest
 from blksnap_ublk.engine import ImageStatus
 from blksnap_ublk.engine.request import Op
 from tests.unit.sim.death import die
-from tests.unit.sim.ending import complete_all, end
+from tests.unit.sim.ending import complete_all, end, preserved, swept
 from tests.unit.sim.look import ACTIVE, find, statuses, waiting
 from tests.unit.sim.scenarios import take
 from tests.unit.sim.script import Kind
@@ -18,12 +18,6 @@ from tests.unit.sim.world import World
 
 ALL = 100
 UNPUBLISHED = Cut(write=0, published=0, recorded=ALL)
-
-
-def swept(world: World) -> None:
-    """The sweep comes to its end."""
-    while not world.swept:
-        world.sweep_portion()
 
 
 def stored(world: World, start: int, sectors: int) -> None:
@@ -70,13 +64,6 @@ def test_nothing_is_published_for_a_unit_that_cannot_be_read() -> None:
     complete_all(world)
     assert statuses(world) == [ACTIVE]
     end(world)
-
-
-def preserved(world: World, units: range) -> None:
-    """Whole writes, one a unit, that have ended."""
-    for unit in units:
-        world.change(0, Op.WRITE, 8 * unit, 8)
-        complete_all(world)
 
 
 def test_writes_while_a_late_copy_lands() -> None:
@@ -235,56 +222,6 @@ def test_a_sweep_of_many_portions() -> None:
         swept(world)
         assert statuses(world) == [ACTIVE] * len(world.held)
     end(world)
-
-
-def test_what_was_going_goes_before_anything_older() -> None:
-    """Its map and that of its older neighbour have a leaf in common; what that one hands on must not be freed."""
-    world = World(Shape(units=200))
-    for leaf in range(3):
-        take(world, 0, trouble=None)
-        preserved(world, range(64 * leaf, 64 * leaf + 2))
-    world.close_gate(0)
-    assert world.drop(2)
-    world.portion(0)
-    die(world, [])
-    swept(world)
-    world.close_gate(0)
-    with pytest.raises(OSError, match="busy"):
-        world.disks[0].device.prepare_drop(world.held[1].image)
-    assert not world.drop(1)
-    assert world.drop_again(0)
-    world.hand_over()
-    assert world.drop(1)
-    world.hand_over()
-    world.open_gate(0)
-    preserved(world, range(10, 60, 5))
-    assert statuses(world) == [ACTIVE]
-    end(world)
-
-
-@pytest.mark.parametrize("units", [range(2), range(64, 66), range(130, 132)])
-def test_what_a_going_image_is_given_is_counted_for_its_older_neighbour_too(units: range) -> None:
-    """These have a table, or a leaf, in common since the hand-over that a death broke off."""
-    for own in (range(0), range(3, 5)):
-        world = World(Shape(units=200))
-        take(world, 0, trouble=None)
-        preserved(world, own)
-        take(world, 0, trouble=None)
-        preserved(world, range(70, 72))
-        take(world, 0, trouble=None)
-        preserved(world, units)
-        world.close_gate(0)
-        assert world.drop(1)
-        world.portion(0)
-        die(world, [])
-        swept(world)
-        world.close_gate(0)
-        assert world.drop(1)
-        world.hand_over()
-        assert world.drop_again(0)
-        world.hand_over()
-        assert world.held[0].slots() == len({*own, 70, 71, *units})
-        end(world)
 
 
 def test_of_two_writes_to_a_unit_of_an_image_the_later_one_counts() -> None:
