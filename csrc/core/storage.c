@@ -346,6 +346,13 @@ void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t co
 	pthread_mutex_unlock(&storage->lock);
 }
 
+void bsu_storage_forget(struct bsu_storage *storage, const struct bsu_area *area, uint32_t at)
+{
+	pthread_mutex_lock(&storage->lock);
+	memset(&area->records[at], 0, sizeof(struct bsu_record));
+	pthread_mutex_unlock(&storage->lock);
+}
+
 static uint32_t record_check(const struct bsu_record *record)
 {
 	return bsu_crc32c(0x42535531u, record, offsetof(struct bsu_record, check));

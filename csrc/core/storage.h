@@ -65,6 +65,8 @@ static inline void bsu_storage_answers(struct bsu_storage *storage)
 bool bsu_storage_got_low(struct bsu_storage *storage);
 /* Places that nobody reads, writes or finds in a map any more. */
 void bsu_storage_return(struct bsu_storage *storage, uint32_t first, uint32_t count);
+/* What the record of a place in quarantine tells, which no map names: the place is given back at the end. */
+void bsu_storage_forget(struct bsu_storage *storage, const struct bsu_area *area, uint32_t at);
 const struct bsu_area *bsu_storage_area(const struct bsu_storage *storage, uint32_t place);
 uint64_t bsu_storage_offset(const struct bsu_storage *storage, const struct bsu_area *area, uint32_t place);
 void bsu_record_set(struct bsu_record *record, uint32_t serial, bool written, uint64_t unit, uint32_t data_crc);

@@ -126,16 +126,20 @@ static void break_all(const struct bsu_sweep *sweep, const struct bsu_storage *s
 			bsu_image_break(sweep->image[i], BSU_IMAGE_CORRUPTED, EBADMSG);
 }
 
+static bool is_kept(const struct bsu_area *area, uint32_t at)
+{
+	return area->kept[at / 64] >> (at % 64) & 1;
+}
+
 /* Returns true when something else names the place already. */
 static bool keep(struct bsu_area *area, uint32_t at)
 {
-	uint64_t bit = 1ull << (at % 64);
 	bool kept;
 
 	if (at >= area->adopted)
 		return false;
-	kept = area->kept[at / 64] & bit;
-	area->kept[at / 64] |= bit;
+	kept = is_kept(area, at);
+	area->kept[at / 64] |= 1ull << (at % 64);
 	return kept;
 }
 
@@ -318,14 +322,15 @@ static bool is_copied_again(const struct bsu_storage *storage, uint32_t slot, co
 	return area->records[slot - 1 - area->first].data_crc == record->data_crc;
 }
 
-/* The older image of its chain that an image that goes had handed over to has the unit, or there is none. */
+/* The older image of its chain that an image that goes had handed over to has the unit, or ends before it, or there is none. */
 static bool heir_has(const struct bsu_image *image, uint64_t unit)
 {
 	const struct bsu_chain *chain = bsu_view_chain(atomic_load(&image->dev->view), image->storage);
 
 	for (unsigned int k = 0; chain && k < chain->nr_images; k++)
 		if (chain->image[k] == image)
-			return !k || bsu_map_get(&chain->image[k - 1]->map, unit) != BSU_SLOT_EMPTY;
+			return !k || unit / BSU_TABLE_UNITS >= chain->image[k - 1]->map.entries ||
+			       bsu_map_get(&chain->image[k - 1]->map, unit) != BSU_SLOT_EMPTY;
 	return false;
 }
 
@@ -399,10 +404,15 @@ static void step_records(struct bsu_sweep *sweep)
 	}
 	area = &storage->area[sweep->entry];
 	end = (uint32_t)min_u64(area->adopted, (uint64_t)sweep->place + RECORDS_SLICE);
-	for (; sweep->place < end; sweep->place++)
-		if (!(area->kept[sweep->place / 64] >> (sweep->place % 64) & 1) &&
-		    bsu_record_is_whole(&area->records[sweep->place]) && !MUTANT(BSU_MUTANT_SWEEP_TRUSTS_RECORDS))
-			check_record(sweep, storage, area, sweep->place);
+	for (; sweep->place < end; sweep->place++) {
+		if (is_kept(area, sweep->place) || !bsu_record_is_whole(&area->records[sweep->place]) ||
+		    MUTANT(BSU_MUTANT_SWEEP_TRUSTS_RECORDS))
+			continue;
+		check_record(sweep, storage, area, sweep->place);
+		/* Should this process die before the quarantine ends, its successor may not know any more whose it was. */
+		if (!is_kept(area, sweep->place))
+			bsu_storage_forget(storage, area, sweep->place);
+	}
 	if (end == area->adopted) {
 		sweep->place = 0;
 		sweep->entry++;

@@ -125,8 +125,12 @@ def test_an_image_that_was_going_goes() -> None:
 
 
 @pytest.mark.parametrize("cleared", [0, 1, 3])
-def test_the_places_of_an_image_whose_map_was_being_taken_apart(cleared: int) -> None:
-    """Records that name an image which has long gone are nobody's then; the other images of the storage live."""
+@pytest.mark.parametrize("again", [False, True])
+def test_the_places_of_an_image_whose_map_was_being_taken_apart(cleared: int, again: bool) -> None:
+    """Records that name an image which has long gone are nobody's then; the other images of the storage live.
+
+    Also when it has gone and death comes `again`, before the quarantine ends.
+    """
     world = World(Shape(storages=((30,),)))
     for number in range(3):
         take(world, 0, trouble=None)
@@ -152,6 +156,14 @@ def test_the_places_of_an_image_whose_map_was_being_taken_apart(cleared: int) ->
     die(world, [], None, in_the_midst)
     swept(world)
     assert statuses(world) == [ACTIVE]
+    if again:
+        world.close_gate(0)
+        assert world.drop_again(0)
+        world.hand_over()
+        assert not world.gone, "nobody knows any more whose the places were"
+        die(world, [])
+        swept(world)
+        assert statuses(world) == [ACTIVE]
     end(world)
 
 

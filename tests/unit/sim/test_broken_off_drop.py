@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from tests.unit.sim.death import die
-from tests.unit.sim.ending import complete_all, end, preserved, swept
+from tests.unit.sim.ending import end, preserved, swept
 from tests.unit.sim.look import ACTIVE, statuses
 from tests.unit.sim.scenarios import take
 from tests.unit.sim.shape import Shape
