@@ -290,6 +290,12 @@ void bsu_sim_free_held(struct bsu_sim_held *held);
 void bsu_sim_kill(struct bsu_sim *sim);
 void bsu_sim_kill_device(struct bsu_device *dev);
 void bsu_sim_kill_image(struct bsu_image *image);
+struct bsu_sim_region {
+	void *memory;
+	size_t bytes;
+};
+
+int bsu_sim_exit_at_change(const struct bsu_sim_region *memory, unsigned int count, uint64_t number, int status);
 void bsu_sim_lock_map(struct bsu_image *image);
 void bsu_sim_unlock_map(struct bsu_image *image);
 void bsu_sim_unpublish(struct bsu_image *image, bool written, uint64_t unit, uint32_t slot);

@@ -94,10 +94,13 @@ static void check_status(struct bsu_image *image)
 {
 	struct bsu_image_state *state = image->state;
 	uint32_t status = atomic_load(&state->status);
-	bool error = atomic_load(&state->error);
+	int error = atomic_load(&state->error);
 
 	if (MUTANT(BSU_MUTANT_STATUS_TRUSTED) || status == BSU_IMAGE_GONE || (status == BSU_IMAGE_ACTIVE && !error))
 		return;
+	/* Death came while it was being broken for want of room. */
+	if (status == BSU_IMAGE_ACTIVE && error == ENOSPC)
+		atomic_store(&state->status, status = BSU_IMAGE_OVERFLOWN);
 	if ((status == BSU_IMAGE_OVERFLOWN || status == BSU_IMAGE_CORRUPTED) && error)
 		return;
 	atomic_store(&state->error, EBADMSG);

@@ -128,6 +128,19 @@ void bsu_sim_kill_image(struct bsu_image *image);
 /* Puts back what a map had for @unit: a death before that was published. Then there is but the death. */
 void bsu_sim_unpublish(struct bsu_image *image, bool written, uint64_t unit, uint32_t slot);
 
+/* Whole pages. */
+struct bsu_sim_region {
+	void *memory;
+	size_t bytes;
+};
+
+/*
+ * This process ends with @status as soon as it is about to change some of these
+ * for the @number-th time, from 0; no instruction is done by halves. It has one
+ * thread. -ENOTSUP where the processor does not let a process count that.
+ */
+int bsu_sim_exit_at_change(const struct bsu_sim_region *memory, unsigned int count, uint64_t number, int status);
+
 /* Seeded bugs: -ENOTSUP unless built with BSU_MUTANTS. */
 int bsu_sim_set_mutant(int mutant);
 

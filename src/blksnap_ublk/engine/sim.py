@@ -314,6 +314,16 @@ def _killed(part: Handle) -> Any:
     return pointer
 
 
+def exit_at_change(memory: Sequence[Any], number: int, status: int) -> None:
+    """This process ends with `status` when it is about to change some of `memory` for the `number`-th time, from 0.
+
+    `memory`: whole pages. OSError(ENOTSUP) where the processor does not let a process count that.
+    """
+    parts = [ffi.from_buffer(each, require_writable=True) for each in memory]
+    regions = ffi.new("struct bsu_sim_region[]", [(part, len(part)) for part in parts])
+    check(lib.bsu_sim_exit_at_change(regions, len(parts), number, status), "counting changes of memory")
+
+
 def set_mutant(number: int) -> None:
     """Chooses a seeded bug, 0 for none. OSError(ENOTSUP) in a build that has none."""
     check(lib.bsu_sim_set_mutant(number), "seeded bugs")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from blksnap_ublk.engine.request import Flags, Op
 from blksnap_ublk.engine.sim import NEED_COPY, SimIo
@@ -13,7 +15,8 @@ from tests.unit.sim.death import die as death
 from tests.unit.sim.ending import end
 from tests.unit.sim.judge import S
 from tests.unit.sim.shape import GEOMETRIES, SECTOR, STORAGES, TWO_TABLES, Shape
-from tests.unit.sim.torn import Cut
+from tests.unit.sim.shared import dies
+from tests.unit.sim.torn import Cut, outliving
 from tests.unit.sim.world import World
 
 CHANGES = (Op.WRITE,) * 6 + (Op.WRITE_ZEROES, Op.DISCARD)
@@ -58,6 +61,8 @@ class Dice:
         )
         self.errors = 0.0 if tame else die.choice((0.02, 0.2))
         self.deadly = die.choice((0.002, 0.002, 0.01, 0.018))
+        self.patient = die.choice((0.005, 0.02))
+        """How soon a quarantine ends."""
         self.hasty = die.choice((0.3, 0.6, 0.9))
         """How soon I/O completes."""
         self.rare: tuple[Callable[[], None], ...] = (
@@ -100,7 +105,8 @@ class Dice:
         if not world.swept or world.late or world.again or any(store.quarantined for store in world.stores):
             self.aftermath()
         if chance < self.deadly and len(world.portions) < MOST_PORTIONS:
-            death(world, [die.randrange(60) for _ in range(die.randrange(12))], self.cut())
+            cut = None if self.interrupted() else self.cut()
+            death(world, [die.randrange(60) for _ in range(die.randrange(12))], cut)
         elif chance < 0.02:
             die.choice(self.rare)()
         elif chance < 0.03:
@@ -162,6 +168,23 @@ class Dice:
         else:
             world.replay(number, die.choice((1, 5, 1000)) * disk.shape.tracking_block)
 
+    def interrupted(self) -> bool:
+        """A step that the process, about to die, does not finish; whether there was one."""
+        die, world = self.die, self.world
+        steps: list[Callable[[], object]] = []
+        steps += [partial(world.portion, held.disk.number) for held in world.settling[:1]]
+        steps += [partial(world.complete, n) for n, io in enumerate(world.ios) if io in world.applied]
+        if not world.swept:
+            steps.append(world.sweep_portion)
+        elif any(store.quarantined for store in world.stores):
+            steps.append(world.end_quarantine)
+        if not steps or die.random() < 0.5:
+            return False
+        with suppress(NotImplementedError):
+            dies(die.choice(steps), outliving(world), die.choice((0, 1, 2, 3, 5, 8, 13, 21, 34)))
+            world.torn = True
+        return world.torn
+
     def cut(self) -> Cut | None:
         die = self.die
         if die.random() < 0.4:
@@ -182,7 +205,7 @@ class Dice:
             world.land(die.randrange(16), half=die.random() < 0.3)
         elif chance < 0.1:
             world.sweep_portion()
-        elif chance < 0.12:
+        elif chance < 0.1 + self.patient:
             world.end_quarantine()
         elif chance < 0.2 and world.again:
             number = die.randrange(len(world.again))

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.unit.sim.shared import shared
+
 
 class Interval:
     """`may`: blocks that somebody has touched. `must`: blocks that are known to have changed."""
@@ -20,7 +22,7 @@ class Interval:
 
     def new_bitmap(self) -> Any:
         """A bitmap of whole pages, zeroed."""
-        return np.zeros((self.blocks + 32767) // 32768 * 4096, dtype=np.uint8)
+        return shared((self.blocks + 32767) // 32768 * 4096)
 
     def touch(self, start: int, length: int) -> None:
         """Blocks that it may have from now on; bytes."""

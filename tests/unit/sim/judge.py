@@ -247,7 +247,7 @@ class Judge(Machine):
             held.status = status
             full = status is ImageStatus.OVERFLOWN
             assert not full or error == errno.ENOSPC, f"{status.name} for {error}"
-            allowed = self._may_overflow(held) if full else self._may_break(held, error)
+            allowed = (self.flipped or self._may_overflow(held)) if full else self._may_break(held, error)
             assert allowed, f"image {held.serial} broke without a reason: {status.name}, {error}"
 
     def _may_overflow(self, held: Held) -> bool:

@@ -23,6 +23,8 @@ class Machine:
         self.prompt = prompt
         self.serial = 0
         self.requests: dict[int, Request] = {}
+        self.torn = False
+        """Whether death came in the midst of a step: less may be counted than there is."""
         self.starved = not shape.map_memory
         """Whether map memory was ever short."""
         self.buffers: list[SimBuffers] = []

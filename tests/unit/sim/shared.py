@@ -1,45 +1,51 @@
 # SPDX-License-Identifier: MIT
-"""Memory that outlives a process, and the death of one at the moment when it touches some of it."""
+"""Memory that outlives a process, and the death of one between any two changes of it."""
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import mmap
 import os
-import signal
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from blksnap_ublk.engine.sim import exit_at_change
+
+_DIED, _UNCOUNTED = 100, 101
+
 
 def shared(size: int) -> Any:
     """Array of `size` zeroed bytes; children of this process see the same ones."""
-    return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+    return np.frombuffer(mmap.mmap(-1, (size + mmap.PAGESIZE - 1) & -mmap.PAGESIZE), dtype=np.uint8)[:size]
 
 
-def dies_at_change(step: Callable[[], object], memory: Sequence[Any]) -> bool:
-    """Another process takes the step and dies when it is about to change some of `memory`, which is `shared`.
+def _take(step: Callable[[], object], memory: Sequence[Any], number: int) -> int:
+    try:
+        exit_at_change([each.base for each in memory], number, _DIED)
+    except OSError as error:
+        return _UNCOUNTED if error.errno == errno.ENOTSUP else 1
+    try:
+        step()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
-    Whether it died: it does not where it changes none of it. What only a process has stays as it is here.
+
+def dies(step: Callable[[], object], memory: Sequence[Any], number: int) -> bool:
+    """Another process takes the step, and dies when it is about to change `memory` for the `number`-th time, from 0.
+
+    `memory`: arrays that are `shared`. False: it did not change it so often, and did not die. What only a process has
+    is here as it was before. Raises NotImplementedError where changes cannot be counted.
     """
     pid = os.fork()
     if not pid:
-        try:
-            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-            for each in memory:
-                _protect(each)
-            step()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(pid, 0)[1]
-    assert status == 0 or os.WIFSIGNALED(status), "the step raised an error"
-    return os.WIFSIGNALED(status)
-
-
-def _protect(memory: Any) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    size = (memory.nbytes + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
-    if libc.mprotect(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(size), mmap.PROT_READ):
-        raise OSError(ctypes.get_errno(), "mprotect")
+        os._exit(_take(step, memory, number))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status == _UNCOUNTED:
+        raise NotImplementedError("changes of memory cannot be counted on this machine")
+    assert status in (0, _DIED), f"the step ended with {status}"
+    return status == _DIED

@@ -10,6 +10,7 @@ import numpy as np
 
 from blksnap_ublk import engine
 from blksnap_ublk.engine.sim import SimFile, SimIo, Simulator
+from tests.unit.sim.shared import shared
 
 GAP = 512
 """Bytes before and after each area that nobody may write."""
@@ -34,7 +35,7 @@ class Store:
         self.sim = sim
         self.unit = unit
         self.number = number
-        self.state = np.zeros(engine.STORAGE_STATE_BYTES, dtype=np.uint8)
+        self.state = shared(engine.STORAGE_STATE_BYTES)
         self.storage = engine.Storage(self.state, unit=unit, number=number)
         self.files: dict[int, tuple[SimFile, int]] = {}
         """By index: the file, and the place that it begins with."""
@@ -92,7 +93,7 @@ class Store:
         """Appends an area."""
         length = units * self.unit
         file = self.sim.add_file(GAP + length + GAP)
-        records = np.zeros(self.storage.records_bytes(length), dtype=np.uint8)
+        records = shared(self.storage.records_bytes(length))
         self.storage.add_area(file, GAP, length + GAP - 1, records)
         self.told = False
         self.files[file.index] = (file, len(self.places))

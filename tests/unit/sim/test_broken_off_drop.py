@@ -15,7 +15,6 @@ from tests.unit.sim.ending import end, preserved, swept
 from tests.unit.sim.look import ACTIVE, statuses
 from tests.unit.sim.scenarios import take
 from tests.unit.sim.shape import Shape
-from tests.unit.sim.shared import dies_at_change
 from tests.unit.sim.world import World
 
 OWN = [range(0), range(3, 5)]
@@ -84,20 +83,6 @@ def test_what_it_is_given_is_counted_for_its_older_neighbour_too(own: range, uni
     world.hand_over()
     assert world.drop_again(0)
     world.hand_over()
-    assert world.held[0].slots() == len({*own, *GOING, *units})
-    end(world)
-
-
-@pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize("own", OWN)
-def test_nothing_is_counted_before_it_is_there(own: range, units: range) -> None:
-    """Another death at the first slot: the successor would not find what was counted, and break the oldest image."""
-    world = broken_off(own, units)
-    assert dies_at_change(lambda: world.portion(0), world.portions)
-    successor(world)
-    for image in (1, 0):
-        assert world.drop_again(image)
-        world.hand_over()
     assert world.held[0].slots() == len({*own, *GOING, *units})
     end(world)
 

@@ -231,3 +231,16 @@ def test_a_status_that_cannot_be(status: int, error: int) -> None:
     assert statuses(world) == [ACTIVE, SPOILT]
     recover(world)
     read_images(world)
+
+
+def test_death_before_an_overflow_is_whole() -> None:
+    """Its reason is there already."""
+    world = two_images()
+
+    def flip(world: World) -> None:
+        world.held[1].state.view("<u4")[7] = errno.ENOSPC
+
+    die(world, [], None, flip)
+    assert statuses(world) == [ACTIVE, (ImageStatus.OVERFLOWN, errno.ENOSPC)]
+    recover(world)
+    read_images(world)

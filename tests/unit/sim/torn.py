@@ -47,6 +47,14 @@ class _Unit:
     before: int
 
 
+def outliving(world: World) -> list[Any]:
+    """All memory that another process adopts."""
+    images = [held.state for held in world.held + world.gone]
+    stores = [memory for store in world.stores for memory in (store.state, *(records for _, records in store.records))]
+    bitmaps = [memory for disk in world.disks for memory in (disk.interval.bitmap, disk.swallowed)]
+    return [*world.portions, *images, *stores, *bitmaps]
+
+
 def tear(world: World, cut: Cut) -> bool:
     """Leaves shared memory as a death in the midst of it does; `kill` must follow. Whether there was such a write."""
     writes = [io for io in world.ios.values() if _publishes(world, io)]
